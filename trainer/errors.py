@@ -1,0 +1,49 @@
+"""Errors a user can act on, each with the exit code a launcher reads.
+
+The codes follow sysexits.h where it has a word for the case, so that a job script can tell
+"do not retry" from "resume me" without parsing a log.
+"""
+
+EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after a clean save; start the same command again
+
+
+class KuroshioError(Exception):
+    """Base of every error shown without a traceback: message = key, value, reason, remedy."""
+
+    exit_code = 70  # EX_SOFTWARE
+
+
+class ConfigError(KuroshioError):
+    """A configuration that cannot run; no retry cures it."""
+
+    exit_code = 78  # EX_CONFIG
+
+
+class DataError(KuroshioError):
+    """Input data that cannot be used; no retry cures it."""
+
+    exit_code = 65  # EX_DATAERR
+
+
+class CheckpointError(KuroshioError):
+    """A checkpoint or run folder that is damaged or belongs to another run."""
+
+    exit_code = 66  # EX_NOINPUT
+
+
+class StorageError(KuroshioError):
+    """Disk full, quota reached or folder not writable; what was committed before is intact."""
+
+    exit_code = 74  # EX_IOERR
+
+
+class NumericsError(KuroshioError):
+    """NaN, Inf or a collapsed loss scale; a retry would replay it."""
+
+    exit_code = 76
+
+
+class RanksDisagreeError(KuroshioError):
+    """Ranks started with different configs, run folders or code."""
+
+    exit_code = 71  # EX_OSERR

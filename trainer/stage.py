@@ -1,0 +1,35 @@
+"""What every stage is: a dataclass of hyperparameters with a ``run`` method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from trainer.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and as which rank a stage runs."""
+
+    config: RunConfig
+    run_dir: Path
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+class Stage:
+    """Base of all stages; a subclass is a dataclass whose fields are its hyperparameters."""
+
+    name: ClassVar[str]
+    single_process: ClassVar[bool] = False  # true: runs in one process, without torch.distributed
+
+    def run(self, context: Context) -> None:
+        """Do the whole stage, writing into ``context.run_dir``."""
+        raise NotImplementedError
+
+    def check(self, config: RunConfig) -> list[str]:
+        """Return contradictions between this stage's fields and the rest of the config."""
+        return []
