@@ -1,0 +1,246 @@
+"""Load, save, identify a tokenizer, and check that it belongs to a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from tokenizer.spm import build_fast_tokenizer
+from trainer.errors import ConfigError, DataError
+
+MANIFEST_NAME = "kuroshio.json"
+SENTENCEPIECE_NAME = "tokenizer.model"
+JSON_NAME = "tokenizer.json"
+# Last parts of the name of the input matrix in Hugging Face models of every family.
+INPUT_MATRIX_SUFFIXES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+)
+ENCODING_KEYS = (
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer folder or a bare SentencePiece ``.model`` file, without network.
+
+    ``tokenizer.json`` is taken as it stands (no model-specific class rebuilds it); a SentencePiece
+    model is converted so that ids equal SentencePiece's own.
+
+    Raises:
+        ConfigError: nothing there that is a tokenizer.
+        DataError: a file that cannot be read as one.
+    """
+    path = Path(path)
+    model_file = sentencepiece_file(path)
+    if path.is_dir() and (path / JSON_NAME).is_file():
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # the Rust side raises plain Exception
+            raise DataError(f"{path / JSON_NAME} cannot be read as a tokenizer: {error}") from error
+    if model_file is None:
+        raise ConfigError(
+            f"tokenizer path {path}: no {JSON_NAME}, no {SENTENCEPIECE_NAME} and not a .model file; "
+            "give a tokenizer folder or a SentencePiece model"
+        )
+    tokenizer = build_fast_tokenizer(model_file.read_bytes(), str(model_file))
+    if path.is_dir():
+        tokenizer.add_special_tokens(_special_tokens(path, tokenizer))
+    return tokenizer
+
+
+def sentencepiece_file(path: str | Path) -> Path | None:
+    """Return the SentencePiece model at ``path`` (itself, or inside a folder), or None."""
+    path = Path(path)
+    inside = path / SENTENCEPIECE_NAME if path.is_dir() else path
+    return inside if inside.is_file() and inside.suffix != ".json" else None
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return the SHA-256 of what defines the encoding of the tokenizer at ``path``.
+
+    For a folder with ``tokenizer.json``: its parts that decide ids, as canonical JSON, and the
+    start and end tokens; so saving the same tokenizer again changes nothing. For SentencePiece:
+    the bytes of the model, with the special tokens a folder's JSON files name.
+
+    Raises:
+        ConfigError: nothing there that is a tokenizer.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    json_file, model_file = path / JSON_NAME, sentencepiece_file(path)
+    if path.is_dir() and json_file.is_file():
+        whole = _read_json(json_file)
+        named = _read_json(path / "tokenizer_config.json")
+        ends = {key: _content(named.get(key)) for key in ("bos_token", "eos_token")}
+        parts = {key: whole.get(key) for key in ENCODING_KEYS}
+        digest.update(json.dumps([parts, ends], sort_keys=True).encode())
+    elif model_file is not None:
+        digest.update(model_file.read_bytes())
+    else:
+        raise ConfigError(f"tokenizer path {path}: no {JSON_NAME} and no SentencePiece model there")
+    return digest.hexdigest()
+
+
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast | bytes,
+    out_folder: str | Path,
+    model_bytes: bytes | None = None,
+) -> PreTrainedTokenizerFast:
+    """Write a folder that plain ``AutoTokenizer.from_pretrained`` loads offline.
+
+    Args:
+        tokenizer: a loaded tokenizer, or the bytes of a SentencePiece model to convert.
+        out_folder: created when missing.
+        model_bytes: SentencePiece bytes to keep beside it as ``tokenizer.model``.
+
+    Returns:
+        The tokenizer that was saved.
+    """
+    out_folder = Path(out_folder)
+    out_folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokenizer, bytes):
+        model_bytes = tokenizer
+        tokenizer = build_fast_tokenizer(tokenizer, "the SentencePiece model to save")
+    tokenizer.save_pretrained(out_folder)
+    if model_bytes is not None:
+        (out_folder / SENTENCEPIECE_NAME).write_bytes(model_bytes)
+    return tokenizer
+
+
+def vocab_size(path: str | Path) -> int:
+    """Return the number of ids of the tokenizer at ``path`` (largest id + 1), added ones included."""
+    return max(load_tokenizer(path).get_vocab().values()) + 1
+
+
+def embedding_rows(model_folder: str | Path) -> int:
+    """Read the rows of the input matrix from safetensors headers, else from ``config.json``.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    model_folder = Path(model_folder)
+    for shard in sorted(model_folder.glob("*.safetensors")):
+        for name, entry in safetensors_header(shard).items():
+            if name.endswith(INPUT_MATRIX_SUFFIXES):
+                return int(entry["shape"][0])
+    size = _read_json(model_folder / "config.json").get("vocab_size")
+    if size is None:
+        raise ConfigError(
+            f"model.path={model_folder}: no safetensors file with an input embedding and no "
+            "vocab_size in config.json; give a Hugging Face model folder"
+        )
+    return int(size)
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Read the JSON header of a safetensors file (8-byte little-endian length, then JSON).
+
+    Raises:
+        DataError: truncated or not a safetensors file.
+    """
+    with path.open("rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            raise DataError(f"{path} is not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def write_pair_manifest(
+    model_folder: str | Path, tokenizer_path: str | Path, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Tie a tokenizer to the model folder by writing ``kuroshio.json`` there.
+
+    Args:
+        model_folder: a Hugging Face model folder.
+        tokenizer_path: its tokenizer (a folder or ``.model``).
+        more: further entries (for instance which rows are real and how they were initialised).
+
+    Returns:
+        The manifest.
+    """
+    model_file = sentencepiece_file(tokenizer_path)
+    manifest = {
+        "format": "kuroshio-pair-1",
+        "tokenizer_fingerprint": fingerprint(tokenizer_path),
+        "sentencepiece_sha256": fingerprint(model_file) if model_file else None,
+        "vocab_size": vocab_size(tokenizer_path),
+        "embedding_rows": embedding_rows(model_folder),
+        **(more or {}),
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (Path(model_folder) / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def check_pair(model_folder: str | Path, tokenizer_path: str | Path) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    With a manifest in the model folder the fingerprint must be the recorded one; without, only the
+    sizes can be compared: a model needs at least as many rows as the tokenizer has ids.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    ids, rows = vocab_size(tokenizer_path), embedding_rows(model_folder)
+    sizes = f"the tokenizer has {ids} ids, the model {rows} embedding rows"
+    if rows < ids:
+        raise ConfigError(
+            f"tokenizer.path={tokenizer_path} does not fit model.path={model_folder}: {sizes}; "
+            "resize the model with stage=vocab, or use the model's own tokenizer"
+        )
+    manifest = _read_json(Path(model_folder) / MANIFEST_NAME)
+    known = {manifest.get("tokenizer_fingerprint"), manifest.get("sentencepiece_sha256")} - {None}
+    if known and fingerprint(tokenizer_path) not in known:
+        raise ConfigError(
+            f"tokenizer.path={tokenizer_path} is not the tokenizer of model.path={model_folder}: "
+            f"{sizes}, made for {manifest.get('vocab_size')} ids of another tokenizer "
+            f"(fingerprint {fingerprint(tokenizer_path)[:12]}, recorded "
+            f"{str(manifest.get('tokenizer_fingerprint'))[:12]} in {MANIFEST_NAME}); "
+            "use the tokenizer inside the model folder"
+        )
+
+
+def _special_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Return bos, eos, unk and pad that a folder's JSON files name and the vocabulary holds."""
+    named = {
+        **_read_json(folder / "special_tokens_map.json"),
+        **{k: v for k, v in _read_json(folder / "tokenizer_config.json").items() if v},
+    }
+    vocab = tokenizer.get_vocab()
+    keys = ("bos_token", "eos_token", "unk_token", "pad_token")
+    contents = {key: _content(named.get(key)) for key in keys}
+    return {key: text for key, text in contents.items() if text in vocab}
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token that JSON gives as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or an empty one when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
