@@ -1,0 +1,30 @@
+"""How a run starts: command line, composition, ranks."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout, or a run's snapshot of it
+
+
+def check_checkout(root: Path) -> None:
+    """Raise ImportError unless ``trainer``, ``tokenizer`` and ``conf`` are those beside this package.
+
+    Packages of the same names exist on PyPI, and a mixture of two checkouts would train with one
+    version of the code while recording another.
+    """
+    for name in ("trainer", "tokenizer"):
+        spec = find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin != root / name / "__init__.py":
+            raise ImportError(
+                f"package {name!r} resolves to {origin}, not to {root / name}: another package of "
+                f"that name comes first; set PYTHONPATH={root} or uninstall the other one"
+            )
+    if not (root / "conf" / "run.yaml").is_file():
+        raise ImportError(
+            f"{root}/conf/run.yaml is missing: run from a checkout (or `pip install -e` of it), "
+            "not from an installed wheel"
+        )
+
+
+check_checkout(ROOT)
