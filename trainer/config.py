@@ -43,7 +43,7 @@ class SourceConfig:
 
     paths: list[str]  # files, folders or globs
     weight: float = 1.0  # relative share of training rows
-    format: str = "auto"  # auto | txt | jsonl | json | csv | tsv | parquet | arrow
+    format: str = "auto"  # auto | txt | lines | jsonl | json | csv | tsv | parquet | arrow
     text_columns: list[str] = field(default_factory=lambda: ["text"])  # joined by a newline
     holdout_share: float | None = None  # share of documents held out; null = data.holdout_share
 
@@ -221,7 +221,9 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         if value in args and not isinstance(value, bool):
             return value
         expected = "|".join(map(str, args))
-        problems.append(f"{where}={value!r}: expected {expected}{nearest(str(value), map(str, args))}")
+        problems.append(
+            f"{where}={value!r}: expected {expected}{nearest(str(value), map(str, args))}"
+        )
         return None
     if origin is list and isinstance(value, (list, tuple)):
         return [_convert(v, args[0], f"{where}[{i}]", problems) for i, v in enumerate(value)]
@@ -270,7 +272,9 @@ def validate(config: RunConfig) -> list[str]:
     if "nvme" in (engine.offload_optimizer, engine.offload_params) and not engine.nvme_path:
         problems.append("engine.nvme_path is null; nvme offload needs a node-local folder there")
     if config.peft.mode == "freeze" and not config.peft.trainable:
-        problems.append("peft.mode=freeze needs peft.trainable, a regex of parameter names to train")
+        problems.append(
+            "peft.mode=freeze needs peft.trainable, a regex of parameter names to train"
+        )
     if loop.global_batch_tokens % data.max_length:
         low = max(1, loop.global_batch_tokens // data.max_length) * data.max_length
         problems.append(

@@ -1,0 +1,177 @@
+"""Which files a source names, and what is in them: compression and format, told by content."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob, has_magic
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+
+from trainer.config import SourceConfig, nearest
+from trainer.errors import DataError
+
+FORMATS = ("txt", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
+EXTENSIONS = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl"}
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+BOM = b"\xef\xbb\xbf"
+SNIFF_BYTES = 1 << 16
+READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+
+logger = logging.getLogger(__name__)
+
+
+def list_files(source: SourceConfig) -> list[Path]:
+    """Return the files of ``source.paths`` in a fixed order, each once.
+
+    A folder stands for every file below it with a known extension, or for its Arrow files in their
+    own order when ``datasets.save_to_disk`` wrote it; globs are sorted by name.
+
+    Raises:
+        DataError: when a path matches nothing, or a folder holds no readable file.
+    """
+    found: dict[Path, None] = {}
+    for name in source.paths:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            matches = _list_folder(path)
+        elif path.exists() or not has_magic(name):
+            matches = [path]
+        else:
+            names = sorted(glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns too)
+            folded = [_list_folder(Path(n)) if Path(n).is_dir() else [Path(n)] for n in names]
+            matches = [file for files in folded for file in files]
+        if not matches or not matches[0].exists():
+            raise DataError(
+                f"data source path {name!r} matches no file (seen from {Path.cwd()}); "
+                "correct the path or the glob"
+            )
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    """Return the data files below ``folder``."""
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        raise DataError(
+            f"{folder} is a DatasetDict with the splits {', '.join(splits)}; name one of them, "
+            f"e.g. {folder / (splits or ['train'])[0]}"
+        )
+    state = folder / "state.json"
+    if state.exists() and (folder / "dataset_info.json").exists():
+        return [folder / file["filename"] for file in json.loads(state.read_text())["_data_files"]]
+    files, ignored = [], []
+    for child in sorted(folder.iterdir()):
+        if child.name.startswith("."):
+            continue
+        if child.is_dir():
+            files += _list_folder(child)
+        elif _extension(child) in EXTENSIONS:
+            files.append(child)
+        else:
+            ignored.append(child.name)
+    if ignored:
+        logger.warning("%s: no data file by name, not read: %s", folder, ", ".join(ignored[:10]))
+    return files
+
+
+def _extension(path: Path) -> str:
+    """Return the extension below a compression's, in lower case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in (".gz", ".zst", ".zstd"):
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextmanager
+def naming_the_file(path: Path) -> Iterator[None]:
+    """Turn errors of reading ``path`` into a DataError that names it."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise DataError(
+            f"{path} cannot be read: {error or type(error).__name__}; it may be damaged, truncated "
+            "or unreadable for this user"
+        ) from error
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open ``path``, decompressed as its first bytes tell and without a UTF-8 byte-order mark.
+
+    Raises:
+        DataError: when the file is empty or cannot be opened.
+    """
+    with naming_the_file(path):
+        stream: IO[bytes] = path.open("rb")
+        magic = stream.read(4)
+        stream.seek(0)
+        compression = next((v for k, v in COMPRESSIONS.items() if magic.startswith(k)), None)
+        if compression == "gzip":
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream))  # type: ignore[arg-type]
+        elif compression == "zstd":
+            # Arrow's decompressor reports a truncated file; zstandard's reader ends quietly.
+            arrow = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
+            stream = io.BufferedReader(arrow, buffer_size=1 << 20)
+        elif not isinstance(stream, io.BufferedReader):
+            raise TypeError(f"{path}: expected a buffered stream")
+        start = stream.peek(3)  # type: ignore[attr-defined]
+        if not start:
+            raise DataError(f"{path} is empty; remove it from the source or restore it")
+        if start.startswith(BOM):
+            stream.read(3)
+    return stream
+
+
+def detect_format(path: Path, wanted: str) -> str:
+    """Return the format of ``path``: ``wanted`` unless that is auto, then content before name.
+
+    Binary formats are told by their magic numbers; JSON by its first character, whatever the
+    extension (``.txt`` excepted: a text may begin with a bracket); the rest by extension.
+
+    Raises:
+        DataError: when ``wanted`` is unknown or nothing tells the format.
+    """
+    if wanted not in ("auto", *FORMATS):
+        raise DataError(
+            f"format={wanted!r} is not one of auto, {', '.join(FORMATS)}{nearest(wanted, FORMATS)}"
+        )
+    if wanted != "auto":
+        return wanted
+    with open_bytes(path) as stream, naming_the_file(path):
+        start = stream.read(SNIFF_BYTES)
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    by_name = EXTENSIONS.get(_extension(path))
+    if by_name == "txt":
+        return "txt"
+    if start.lstrip()[:1] in (b"[", b"{"):
+        return _json_kind(start.lstrip())
+    if by_name in ("parquet", "arrow"):
+        raise DataError(f"{path} is named .{by_name} but has not that content; restore the file")
+    if by_name is None:
+        raise DataError(
+            f"{path}: neither name nor content tells the format; "
+            f"set the source's format to one of {', '.join(FORMATS)}"
+        )
+    return by_name
+
+
+def _json_kind(start: bytes) -> str:
+    """Tell JSON Lines from one JSON value spread over the file."""
+    if start.startswith(b"["):
+        return "json"
+    line, newline, _ = start.partition(b"\n")
+    if not newline:
+        return "jsonl"  # a single line, or one longer than what was looked at
+    # An object over several lines opens with a line that is no whole object ("{" or '{"data": [').
+    return "json" if line.rstrip().endswith((b"{", b"[", b",")) else "jsonl"

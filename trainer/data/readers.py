@@ -1,0 +1,165 @@
+"""From a source's files to documents; what cannot be one is rejected with its reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config import SourceConfig
+from trainer.data.files import detect_format, list_files, naming_the_file
+from trainer.data.records import Document, Reject, RejectLog, excerpt
+from trainer.data.rows import Row, RowError, iterate_rows, missing_column
+from trainer.errors import DataError
+
+__all__ = ["list_files", "read_documents", "read_file"]
+
+
+class MissingColumnError(RowError):
+    """A record without one of the text columns."""
+
+
+def read_documents(
+    source: SourceConfig, source_name: str, rejects: RejectLog
+) -> Iterator[Document]:
+    """Yield every document of ``source`` in file order.
+
+    Args:
+        source: files, format and text columns.
+        source_name: goes into ``Document.source``.
+        rejects: counts every row; closed at the end.
+
+    Raises:
+        DataError: a file is missing, empty or unreadable, the format or a column is not there, or
+            more rows were rejected than ``rejects`` allows.
+    """
+    for path in list_files(source):
+        yield from read_file(path, source, source_name, rejects)
+    rejects.check_share()
+    rejects.close()
+
+
+def read_file(
+    path: Path, source: SourceConfig, source_name: str, rejects: RejectLog
+) -> Iterator[Document]:
+    """Yield the documents of one file; raises as ``read_documents`` does."""
+    for row in walk_file(path, source):
+        text = decode_row(row, path, source, rejects)
+        if text is not None:
+            yield Document(text, source_name, str(path), row.number)
+
+
+def walk_file(path: Path, source: SourceConfig) -> Iterator[Row]:
+    """Yield the raw rows of one file.
+
+    Raises:
+        DataError: the file is unreadable or has no row, or its first record lacks a text column.
+    """
+    format_name = detect_format(path, source.format)
+    first = True
+    with naming_the_file(path):
+        for row in iterate_rows(path, format_name, source.text_columns):
+            if format_name == "jsonl" and isinstance(row.value, bytes):
+                row = row._replace(value=JsonLine(row.value))
+            if first:
+                _refuse_missing_columns(row, path, source.text_columns)
+            first = False
+            yield row
+    if first:
+        raise DataError(f"{path} holds no row; remove it from the source or restore it")
+
+
+class JsonLine(bytes):
+    """A line that holds one JSON object, not yet parsed."""
+
+
+def decode_row(row: Row, path: Path, source: SourceConfig, rejects: RejectLog) -> str | None:
+    """Return the text of a raw row, or None after rejecting it."""
+    try:
+        text = row_text(row.value, source.text_columns)
+    except RowError as error:
+        sample = row.value if isinstance(row.value, bytes) else repr(row.value)
+        rejects.reject(Reject(str(path), row.number, str(error), excerpt(sample)))
+        return None
+    rejects.accept()
+    return text
+
+
+def row_text(value: bytes | dict[str, Any] | RowError, columns: list[str]) -> str:
+    """Return the clean text of a raw row.
+
+    Raises:
+        RowError: with the reason it has none.
+    """
+    if isinstance(value, RowError):
+        raise value
+    if isinstance(value, JsonLine):
+        value = _parse_object(value)
+    if isinstance(value, bytes):
+        text = _decode_utf8(value)
+    else:
+        parts = [_column_text(value, name) for name in columns]
+        text = "\n".join(part for part in parts if part) if len(parts) > 1 else parts[0]
+    return _check_text(text.rstrip("\r\n") if isinstance(value, bytes) else text)
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(_decode_utf8(line))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RowError):
+            raise
+        raise RowError(f"malformed JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise RowError(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _column_text(record: dict[str, Any], name: str) -> str:
+    if name not in record:
+        raise MissingColumnError(f"no column {name!r}; the columns are {', '.join(record)}")
+    value = record[name]
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return _decode_utf8(value)
+    if not isinstance(value, str):
+        raise RowError(f"column {name!r} holds {type(value).__name__}, not text")
+    return value
+
+
+def _decode_utf8(value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = value[error.start]
+        raise RowError(f"invalid UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
+
+
+def _check_text(text: str) -> str:
+    """Refuse texts that no tokenizer should see."""
+    if not text or text.isspace():
+        raise RowError("empty text")
+    if "\x00" in text:
+        raise RowError(f"NUL character at offset {text.index(chr(0))}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Bytes that were no UTF-8 in a CSV or JSON list arrive as U+DC80..U+DCFF.
+        reason = "invalid UTF-8 or lone surrogate" if 0xDC80 <= code <= 0xDCFF else "lone surrogate"
+        raise RowError(f"{reason} U+{code:04X} at offset {error.start}") from error
+    return text
+
+
+def _refuse_missing_columns(row: Row, path: Path, columns: list[str]) -> None:
+    """Raise when the file's first record lacks a column: a wrong setting, not a bad row."""
+    try:
+        row_text(row.value, columns)
+    except MissingColumnError as error:
+        record = row.value if isinstance(row.value, dict) else json.loads(row.value)  # type: ignore[arg-type]
+        name = next(name for name in columns if name not in record)
+        raise DataError(missing_column(path, name, list(record))) from error
+    except RowError:
+        return  # counted when it is read

@@ -1,0 +1,229 @@
+"""Raw rows of every format: cheap to walk over, decoded only when wanted.
+
+Walking and decoding are apart so that a process that prepares every n-th chunk of a file can pass
+over the others at the speed of the disk.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.data.files import COMPRESSIONS, open_bytes
+from trainer.errors import DataError
+
+MAX_TXT_BYTES = 1 << 28  # a "document" above 256 MiB is a corpus, to be read as lines
+READ_CHARS = 1 << 20
+ARROW_BATCH_ROWS = 512
+
+
+class RowError(ValueError):
+    """Why one row cannot become a document."""
+
+
+class Row(NamedTuple):
+    """A raw row: its 1-based line or record, its size, its undecoded content."""
+
+    number: int
+    num_bytes: int
+    value: bytes | dict[str, Any] | RowError
+
+
+def iterate_rows(path: Path, format_name: str, columns: list[str]) -> Iterator[Row]:
+    """Yield the raw rows of ``path``; blank lines are no rows."""
+    if format_name in ("parquet", "arrow"):
+        yield from _table_rows(path, format_name, columns)
+        return
+    walk: dict[str, Callable[[IO[bytes], Path], Iterator[Row]]] = {
+        "txt": _whole_file,
+        "lines": _lines,
+        "jsonl": _lines,
+        "json": _json_values,
+        "csv": _csv_rows,
+        "tsv": _tsv_rows,
+    }
+    with open_bytes(path) as stream:
+        yield from walk[format_name](stream, path)
+
+
+def _whole_file(stream: IO[bytes], path: Path) -> Iterator[Row]:
+    content = stream.read(MAX_TXT_BYTES + 1)
+    if len(content) > MAX_TXT_BYTES:
+        raise DataError(
+            f"{path} is one text of more than {MAX_TXT_BYTES >> 20} MiB; "
+            "set format=lines if each line is a document, or split the file"
+        )
+    yield Row(1, len(content), content)
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[Row]:
+    # Bytes end a line at \n only: U+2028 and U+0085 inside a text are left alone.
+    for number, line in enumerate(stream, start=1):
+        if not line.isspace():
+            yield Row(number, len(line), line)
+
+
+def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    # Invalid bytes become lone surrogates, which the decoder refuses row by row.
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header = next(reader, [])
+    while True:
+        number = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(number, 0, RowError(f"malformed CSV: {error}"))
+            continue
+        if not fields:
+            continue
+        num_bytes = sum(map(len, fields))
+        if len(fields) != len(header):
+            reason = f"malformed CSV: {len(fields)} fields under a header of {len(header)}"
+            yield Row(number, num_bytes, RowError(reason))
+        else:
+            yield Row(number, num_bytes, dict(zip(header, fields, strict=True)))
+
+
+def _tsv_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
+    return _csv_rows(stream, path, delimiter="\t")
+
+
+def _json_values(stream: IO[bytes], path: Path) -> Iterator[Row]:
+    """Yield the elements of a JSON list (or the one JSON value of the file), read in pieces."""
+    decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
+    parser = json.JSONDecoder()
+    buffer, at, number, ended, is_list = "", 0, 0, False, False
+
+    def read_more() -> None:
+        nonlocal buffer, at, ended
+        piece = stream.read(max(READ_CHARS, len(buffer) - at))
+        ended = not piece
+        buffer, at = buffer[at:] + decode(piece, final=ended), 0
+
+    def skip(extra: str = "") -> str:
+        """Move over white space and ``extra``; return the next character, "" at the end."""
+        nonlocal at
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\r\n" + extra:
+                at += 1
+            if at < len(buffer) or ended:
+                return buffer[at : at + 1]
+            read_more()
+
+    is_list = skip() == "["
+    at += is_list
+    while True:
+        following = skip("," if is_list and number else "")
+        if is_list and following == "]":
+            return
+        if not following and not is_list and number:
+            return
+        try:
+            value, end = parser.raw_decode(buffer, at)
+        except json.JSONDecodeError as error:
+            if not ended:
+                read_more()
+                continue
+            raise DataError(
+                f"{path}: broken JSON at record {number + 1}: {error.msg}; the records after it "
+                "cannot be told apart. Repair the file"
+            ) from error
+        if end == len(buffer) and not ended:  # a number may go on in the next piece
+            read_more()
+            continue
+        number, num_chars, at = number + 1, end - at, end
+        if isinstance(value, dict):
+            yield Row(number, num_chars, value)
+        else:
+            yield Row(number, num_chars, RowError(f"expected an object, got {_kind(value)}"))
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _table_rows(path: Path, format_name: str, columns: list[str]) -> Iterator[Row]:
+    number = 0
+    with _seekable(path) as file:
+        for batch in _record_batches(file, format_name, path, columns):
+            lists = [_as_bytes(batch, name, path) for name in columns]
+            for values in zip(*lists, strict=True):
+                number += 1
+                num_bytes = sum(len(value) for value in values if value is not None)
+                yield Row(number, num_bytes, dict(zip(columns, values, strict=True)))
+
+
+def _record_batches(
+    file: IO[bytes], format_name: str, path: Path, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    if format_name == "parquet":
+        parquet = pq.ParquetFile(file)
+        _check_columns(parquet.schema_arrow.names, columns, path)
+        yield from parquet.iter_batches(ARROW_BATCH_ROWS, columns=columns)
+        return
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    # `datasets` writes the stream layout; `feather` and others the file layout with a footer.
+    reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+    _check_columns(reader.schema.names, columns, path)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+    for batch in batches:
+        for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
+            yield batch.slice(start, ARROW_BATCH_ROWS)
+
+
+def _as_bytes(batch: pa.RecordBatch, name: str, path: Path) -> list[bytes | None]:
+    """Return a text column as undecoded bytes, so that one bad value does not spoil its batch."""
+    column = batch.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        raise DataError(
+            f"{path}: column {name!r} holds {column.type}, not text; choose text_columns from "
+            f"{', '.join(batch.schema.names)}"
+        )
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _check_columns(present: list[str], wanted: list[str], path: Path) -> None:
+    for name in wanted:
+        if name not in present:
+            raise DataError(missing_column(path, name, present))
+
+
+def missing_column(path: Path, name: str, present: list[str]) -> str:
+    """Say that ``path`` has no column ``name``, and which it has."""
+    return (
+        f"{path} has no column {name!r}; its columns are {', '.join(map(str, present))}: "
+        "set the source's text_columns"
+    )
+
+
+def _seekable(path: Path) -> IO[bytes]:
+    """Open ``path`` for formats that seek; a compressed one is unpacked to a temporary file."""
+    stream = open_bytes(path)
+    with path.open("rb") as raw:
+        magic = raw.read(4)
+    if not magic.startswith(tuple(COMPRESSIONS)):
+        return stream
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
+    with stream:
+        shutil.copyfileobj(stream, unpacked)
+    unpacked.seek(0)
+    return unpacked
