@@ -52,8 +52,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             raise DataError(f"{path / JSON_NAME} cannot be read as a tokenizer: {error}") from error
     if model_file is None:
         raise ConfigError(
-            f"tokenizer path {path}: no {JSON_NAME}, no {SENTENCEPIECE_NAME} and not a .model file; "
-            "give a tokenizer folder or a SentencePiece model"
+            f"tokenizer path {path}: no {JSON_NAME} or {SENTENCEPIECE_NAME} there and not a .model "
+            "file; give a tokenizer folder or a SentencePiece model"
         )
     tokenizer = build_fast_tokenizer(model_file.read_bytes(), str(model_file))
     if path.is_dir():
@@ -121,7 +121,7 @@ def save_tokenizer(
 
 
 def vocab_size(path: str | Path) -> int:
-    """Return the number of ids of the tokenizer at ``path`` (largest id + 1), added ones included."""
+    """Return the number of ids (largest id + 1) of the tokenizer at ``path``."""
     return max(load_tokenizer(path).get_vocab().values()) + 1
 
 
@@ -225,7 +225,7 @@ def _special_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[st
     vocab = tokenizer.get_vocab()
     keys = ("bos_token", "eos_token", "unk_token", "pad_token")
     contents = {key: _content(named.get(key)) for key in keys}
-    return {key: text for key, text in contents.items() if text in vocab}
+    return {key: text for key, text in contents.items() if text is not None and text in vocab}
 
 
 def _content(token: Any) -> str | None:

@@ -55,8 +55,8 @@ def require_bpe_base(model: Any, origin: str) -> None:
     kind = model.trainer_spec.model_type
     if kind != BPE_TYPE:
         raise DataError(
-            f"{origin} is a SentencePiece {MODEL_TYPE_NAMES.get(kind, kind)} model; a base tokenizer "
-            "must be BPE with byte fallback, as LLaMA's is (give this one as stage.pieces instead)"
+            f"{origin} is a SentencePiece {MODEL_TYPE_NAMES.get(kind, kind)} model; a base must be "
+            "BPE with byte fallback, as LLaMA's is (this one can be given as stage.pieces)"
         )
     if sum(piece.type == BYTE for piece in model.pieces) != 256:
         raise DataError(
