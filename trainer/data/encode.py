@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Encoder:
         self._added_token = re.compile("|".join(added)) if added else None
         self._cache = _PieceCache(self)
 
-    def _pack(self, ids: list[int | None]) -> bytes:
+    def _pack(self, ids: Sequence[int | None]) -> bytes:
         return np.array([i for i in ids if i is not None], self.dtype).tobytes()
 
     def encode(self, texts: list[str]) -> list[bytes]:
@@ -88,7 +89,10 @@ class PieceCutter:
     """Normalise a text and cut it where no merge can cross."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._prefix, self._replace = _normaliser_parts(spec["normalizer"])
+        parts = _normaliser_parts(spec["normalizer"])
+        if parts is None:
+            raise ValueError(f"normaliser {spec['normalizer']} cannot be cut; see is_cuttable")
+        self._prefix, self._replace = parts
         vocab = [piece for piece in spec["model"]["vocab"] if len(piece) > 1]
         joined = np.frombuffer("\n".join(vocab).encode("utf-32-le"), np.uint32)
         # Pairs across the separator are marked too: two cuts less, next to newlines, are no harm.

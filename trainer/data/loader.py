@@ -1,0 +1,213 @@
+"""Batches for training and evaluation, computed from row numbers alone.
+
+The content of a row hangs on the seed and the row's number, never on ranks, accumulation or
+micro-batch size. So the whole state of a training loader is one integer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from trainer.config import DataConfig
+from trainer.data.collate import Batch, Row, collate
+from trainer.data.mixture import Mixture
+from trainer.data.pack import Packer
+from trainer.data.store import TokenStore
+from trainer.errors import ConfigError, DataError
+
+PREFETCH_BATCHES = 2  # hides the page faults of a store on a network file system
+
+
+class TrainLoader:
+    """An endless iterator over one rank's micro-batches.
+
+    Step k takes the global rows ``k * rows_per_step .. (k + 1) * rows_per_step - 1``; its a-th
+    micro-batches take the next ``world_size * micro_batch_size`` of them, in the order of ranks.
+
+    Args:
+        store: the prepared sources.
+        data_config: mixture weights, row length and packing.
+        seed: decides mixture and document order.
+        rows_per_step: rows of one optimizer step over all ranks.
+        micro_batch_size: rows of one batch.
+        rank: this rank.
+        world_size: number of ranks.
+        start_row: ``state()["next_row"]`` of the run to go on with.
+
+    Raises:
+        ConfigError: ``rows_per_step`` does not divide over the ranks, or ``start_row`` is not the
+            start of a step.
+        DataError: no source has rows to train on.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        data_config: DataConfig,
+        *,
+        seed: int,
+        rows_per_step: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_row: int = 0,
+    ) -> None:
+        unit = micro_batch_size * world_size
+        if rows_per_step % unit:
+            raise ConfigError(
+                f"{rows_per_step} rows a step do not divide over micro_batch_size*world_size={unit}"
+                f"; use {max(1, rows_per_step // unit) * unit} rows"
+            )
+        if start_row % rows_per_step:
+            raise ConfigError(
+                f"the loader's next_row={start_row} is not the start of a step of {rows_per_step} "
+                "rows; resume with the global batch size of the run that saved it"
+            )
+        self.store, self.data_config = store, data_config
+        self.micro_batches_per_step = rows_per_step // unit
+        self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self._next_row, self._delivered = start_row, 0
+        self._packers = [self._packer(name, seed) for name in store.sources]
+        rows = [packer.rows_per_epoch for packer in self._packers]
+        self.mixture = Mixture(
+            {name: data_config.sources[name].weight for name in store.sources},
+            dict(zip(store.sources, rows, strict=True)),
+            seed,
+        )
+
+    def _packer(self, name: str, seed: int) -> Packer:
+        source = self.store.sources[name]
+        documents = source.document_ids(held_out=False)
+        return Packer(
+            documents,
+            np.diff(source.offsets)[documents],
+            max_length=self.data_config.max_length,
+            packing=self.data_config.packing,
+            seed_key=f"{seed}/{name}",
+        )
+
+    def state(self) -> dict[str, int]:
+        """Return the first row of the step that is not finished yet."""
+        return {"next_row": self._next_row}
+
+    def epochs(self) -> dict[str, float]:
+        """Return the passes over each source that finished steps have made."""
+        return self.mixture.epochs_at(self._next_row)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches from the current state on; the state moves as batches are taken."""
+        index = self._next_row // self.rows_per_step * self.micro_batches_per_step
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as executor:
+            pending: deque[Future[Batch]] = deque()
+            while True:
+                while len(pending) < PREFETCH_BATCHES:
+                    pending.append(executor.submit(self.batch, index))
+                    index += 1
+                batch = pending.popleft().result()
+                self._delivered += 1
+                if self._delivered == self.micro_batches_per_step:
+                    self._next_row, self._delivered = self._next_row + self.rows_per_step, 0
+                yield batch
+
+    def batch(self, index: int) -> Batch:
+        """Return this rank's ``index``-th micro-batch of the whole run."""
+        start = (index * self.world_size + self.rank) * self.micro_batch_size
+        source_ids, source_rows = self.mixture.draw(start, start + self.micro_batch_size)
+        rows = []
+        for i, (source_id, source_row) in enumerate(zip(source_ids, source_rows, strict=True)):
+            source = self.store.sources[self.mixture.names[source_id]]
+            pieces = [
+                source.document(piece.document)[piece.start : piece.stop]
+                for piece in self._packers[source_id].row(int(source_row))
+            ]
+            rows.append(Row(pieces, start + i, int(source_id)))
+        config = self.data_config
+        return collate(
+            rows,
+            length=config.max_length if config.packing else None,
+            pad_token_id=self.store.pad_token_id,
+            isolate=config.packing and config.isolate_documents,
+        )
+
+
+class EvalLoader:
+    """One source's held-out documents, each token but a document's first predicted exactly once.
+
+    A document longer than a row goes into windows that share one token, the context of the next
+    window's first prediction. Every rank gets the same number of batches; rows without a target
+    fill them up. ``sum of NLL / ln 2 / num_chars`` over all ranks is the bits per character.
+
+    Args:
+        store: the prepared sources.
+        data_config: row length.
+        source_name: whose held-out documents.
+        max_tokens: whole documents are taken, in the order of their text hash, up to this many
+            tokens (one at least).
+        micro_batch_size: rows of a batch.
+        rank: this rank.
+        world_size: number of ranks.
+
+    Raises:
+        DataError: the source has no held-out document.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        data_config: DataConfig,
+        source_name: str,
+        *,
+        max_tokens: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._store, self._source = store, store.sources[source_name]
+        self._source_id = list(store.sources).index(source_name)
+        documents = self._source.document_ids(held_out=True)
+        if not len(documents):
+            raise DataError(
+                f"source {source_name!r} has no held-out document (holdout_share="
+                f"{self._source.holdout_share:g} of {len(self._source.text_hashes)} documents); "
+                f"raise data.sources.{source_name}.holdout_share"
+            )
+        documents = documents[np.argsort(self._source.text_hashes[documents], kind="stable")]
+        lengths = np.diff(self._source.offsets)[documents]
+        taken = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
+        self.documents = documents[:taken]
+        self.num_chars = int(self._source.num_chars[self.documents].sum(dtype=np.int64))
+        self.num_bytes = int(self._source.num_bytes[self.documents].sum(dtype=np.int64))
+        self.num_targets = int((lengths[:taken] - 1).sum())
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self._windows = self._cut(lengths[:taken], data_config.max_length)
+        self.num_batches = -(-len(self._windows) // (micro_batch_size * world_size))
+
+    def _cut(self, lengths: np.ndarray, max_length: int) -> list[tuple[int, int, int]]:
+        """Return (document, start, stop) of every window, the longest first."""
+        windows = []
+        for document, length in zip(self.documents.tolist(), lengths.tolist(), strict=True):
+            for start in range(0, max(1, length - 1), max_length - 1):
+                windows.append((document, start, min(start + max_length, length)))
+        return sorted(windows, key=lambda window: window[1] - window[2])
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches, as many as every other rank yields."""
+        for index in range(self.num_batches):
+            start = (index * self.world_size + self.rank) * self.micro_batch_size
+            rows = [self._row(i) for i in range(start, start + self.micro_batch_size)]
+            pad = self._store.pad_token_id
+            yield collate(rows, length=None, pad_token_id=pad, isolate=False)
+
+    def _row(self, index: int) -> Row:
+        if index >= len(self._windows):
+            return Row([], -1, self._source_id)
+        document, start, stop = self._windows[index]
+        return Row([self._source.document(document)[start:stop]], index, self._source_id)

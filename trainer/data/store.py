@@ -1,0 +1,157 @@
+"""The token store: memory-mapped arrays of one prepared source, and how they are checked.
+
+A source's folder holds one ``.npy`` file per array and ``manifest.json``, which names their sizes
+and hashes. The manifest is written last, so a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import DataError
+
+MANIFEST = "manifest.json"
+STORE_FORMAT = "kuroshio-store-1"
+# One entry a document: tokens with start and end token, Unicode characters, UTF-8 bytes, and the
+# first 8 bytes of BLAKE2b over the text, which decide whether the document is held out.
+DOCUMENT_ARRAYS = {
+    "num_tokens": np.dtype("<u4"),
+    "num_chars": np.dtype("<u4"),
+    "num_bytes": np.dtype("<u4"),
+    "text_hashes": np.dtype("<u8"),
+}
+
+
+def hash_text(text_bytes: bytes) -> int:
+    """Return the 64-bit hash of a text that decides on which side of the split it falls."""
+    return int.from_bytes(hashlib.blake2b(text_bytes, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class SourceStore:
+    """One prepared source. Arrays are memory-mapped and read-only.
+
+    Attributes:
+        name: the source's name in the configuration.
+        tokens: ``[num_tokens]`` ids of all documents, one after the other.
+        offsets: ``[num_documents + 1]`` where each document starts in ``tokens``.
+        num_chars: ``[num_documents]``.
+        num_bytes: ``[num_documents]`` UTF-8 bytes.
+        text_hashes: ``[num_documents]`` uint64.
+        holdout_share: share of documents kept from training.
+        manifest: what ``kuroshio prepare`` recorded.
+    """
+
+    name: str
+    tokens: NDArray[Any]
+    offsets: NDArray[np.int64]
+    num_chars: NDArray[np.uint32]
+    num_bytes: NDArray[np.uint32]
+    text_hashes: NDArray[np.uint64]
+    holdout_share: float
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, name: str, holdout_share: float) -> SourceStore:
+        """Map the arrays of a committed source folder.
+
+        Raises:
+            DataError: no manifest, another format, or files of another size than recorded.
+        """
+        manifest = read_manifest(folder)
+        mapped = {array: _map_array(folder, array, manifest) for array in manifest["arrays"]}
+        offsets = np.zeros(manifest["num_documents"] + 1, np.int64)
+        np.cumsum(mapped["num_tokens"], out=offsets[1:])
+        return cls(
+            name=name,
+            tokens=mapped["tokens"],
+            offsets=offsets,
+            num_chars=mapped["num_chars"],
+            num_bytes=mapped["num_bytes"],
+            text_hashes=mapped["text_hashes"],
+            holdout_share=holdout_share,
+            manifest=manifest,
+        )
+
+    def document_ids(self, held_out: bool) -> NDArray[np.int64]:
+        """Return the indices of the held-out documents, or of the others. -> [n]
+
+        The choice hangs on each document's text alone: equal texts fall on the same side, and
+        adding files moves no document.
+        """
+        if self.holdout_share >= 1.0:
+            chosen = np.ones(len(self.text_hashes), bool)
+        else:
+            chosen = self.text_hashes < np.uint64(self.holdout_share * 2.0**64)
+        return np.flatnonzero(chosen if held_out else ~chosen)
+
+    def document(self, index: int) -> NDArray[Any]:
+        """Return the ids of one document, without copying. -> [tokens of the document]"""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All sources of a run, in the configuration's order, and the tokenizer's special ids."""
+
+    sources: dict[str, SourceStore]
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int  # the tokenizer's, else its end token, else 0: never a label
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a source folder.
+
+    Raises:
+        DataError: it is missing, damaged or of another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"token store {folder} has no readable {MANIFEST}: {error}; delete the folder and run "
+            "`kuroshio prepare` again"
+        ) from error
+    if manifest.get("format") != STORE_FORMAT:
+        raise DataError(
+            f"token store {folder} has format {manifest.get('format')!r}, expected {STORE_FORMAT}; "
+            "run `kuroshio prepare` again with another data.store_dir"
+        )
+    return manifest
+
+
+def _map_array(folder: Path, array: str, manifest: Mapping[str, Any]) -> NDArray[Any]:
+    path, expected = folder / f"{array}.npy", manifest["arrays"][array]["bytes"]
+    found = path.stat().st_size if path.exists() else 0
+    if found != expected:
+        raise DataError(
+            f"{path} has {found} bytes, its manifest says {expected}; delete {folder} and run "
+            "`kuroshio prepare` again"
+        )
+    return np.load(path, mmap_mode="r")
+
+
+def verify(folder: Path) -> None:
+    """Hash every array of a source folder and compare with its manifest.
+
+    Raises:
+        DataError: naming the first file that differs.
+    """
+    for array, entry in read_manifest(folder)["arrays"].items():
+        path = folder / f"{array}.npy"
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            raise DataError(
+                f"{path} is damaged: SHA-256 {found[:12]}…, its manifest says "
+                f"{entry['sha256'][:12]}…; delete {folder} and run `kuroshio prepare` again"
+            )
