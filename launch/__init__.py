@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout, or a run's snapshot 
 
 
 def check_checkout(root: Path) -> None:
-    """Raise ImportError unless ``trainer``, ``tokenizer`` and ``conf`` are those beside this package.
+    """Raise ImportError unless ``trainer``, ``tokenizer`` and ``conf`` in ``root`` are in use.
 
     Packages of the same names exist on PyPI, and a mixture of two checkouts would train with one
     version of the code while recording another.

@@ -7,19 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.metrics.redaction import SECRET_VALUE
 
 _WORDS = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
 _LAST_WORDS = {"key", "token"}  # as a key's last word: api_key, hf_token; not num_key_value_heads
 _HARMLESS = re.compile(r"(^|_)(pad|bos|eos|unk|cls|sep|mask|image|audio)_token$")
-_VALUES = (
-    re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
-    re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
-    re.compile(r"\bwandb_v\d+_[A-Za-z0-9_-]{20,}"),
-    re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
-    re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}"),
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
-    re.compile(r"://[^/\s:@]+:[^/\s@]+@"),
-)
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY")
 _HEX40 = re.compile(r"[0-9a-f]{40}")  # a wandb key; also a git commit, hence the names below
 _COMMIT_WORDS = {"revision", "commit", "sha1", "hash", "digest"}
 
@@ -33,7 +26,7 @@ def looks_secret(key: str, value: Any) -> bool:
     text = value if isinstance(value, str) else ""
     if _HEX40.fullmatch(text.strip("'\" ")) and not _COMMIT_WORDS.intersection(words):
         return True
-    return any(pattern.search(text) for pattern in _VALUES)
+    return bool(SECRET_VALUE.search(text) or _PRIVATE_KEY.search(text))
 
 
 def refuse_secrets(pairs: Iterable[tuple[str, Any]]) -> None:

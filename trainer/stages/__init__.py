@@ -55,5 +55,5 @@ def build_stage(section: Mapping[str, Any], problems: list[str]) -> Stage | None
 
 
 def stage_section(stage: Stage, name: str) -> dict[str, Any]:
-    """Return ``stage`` as plain data, every field written out, in the form ``build_stage`` reads."""
+    """Return ``stage`` as plain data that ``build_stage`` reads, every field written out."""
     return {"name": name, **dataclasses.asdict(stage)}  # type: ignore[call-overload]

@@ -1,0 +1,67 @@
+"""``kuroshio VERB [overrides]`` = ``python -m launch VERB [overrides]``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from trainer.config import nearest
+from trainer.errors import ConfigError, KuroshioError
+
+VERBS = {
+    "run": ("launch.run", "run one stage on this machine, or as one rank of a job"),
+    "prepare": ("launch.prepare", "tokenise the sources of a config into token stores, offline"),
+    "export": ("launch.export", "write a run's model as a plain Hugging Face folder"),
+    "report": ("launch.report", "write a run's report as one HTML page"),
+}
+USAGE = """usage: kuroshio VERB [GROUP=OPTION | KEY=VALUE | FLAG]...
+
+{verbs}
+
+kuroshio VERB --help               groups, keys and flags of a verb
+kuroshio -sc install=bash          shell code for completion; eval "$(kuroshio -sc install=bash)"
+"""
+
+
+def usage() -> str:
+    """Return the text of ``kuroshio --help``."""
+    verbs = "\n".join(f"  {verb:<9} {summary}" for verb, (_, summary) in VERBS.items())
+    return USAGE.format(verbs=verbs)
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the verb ``argv`` names and return the exit code.
+
+    Raises:
+        ConfigError: when there is no such verb.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    verb, arguments = argv[0], list(argv[1:])
+    if verb == "-sc":
+        return importlib.import_module("launch.completion").main(arguments, list(VERBS))
+    if verb not in VERBS:
+        raise ConfigError(f"{verb!r} is no verb: {', '.join(VERBS)}{nearest(verb, VERBS)}")
+    if verb in ("run", "prepare") and {"-h", "--help"}.intersection(arguments):
+        print(importlib.import_module("launch.help").verb_help(verb), end="")
+        return 0
+    if verb == "prepare":
+        config = importlib.import_module("launch.compose").compose_run(arguments).config
+        return importlib.import_module("launch.prepare").main(config) or 0
+    return importlib.import_module(VERBS[verb][0]).main(arguments) or 0
+
+
+def main() -> None:
+    """Run the command line; an error a user can act on is shown without a traceback."""
+    try:
+        code = dispatch(sys.argv[1:])
+    except KuroshioError as error:
+        print(f"kuroshio: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Ranks compare what they are about to run before they run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from launch import ROOT
+from launch.run_folder import CONFIG_FILE, plain
+from trainer.config import RunConfig
+from trainer.engine import collectives
+from trainer.errors import RanksDisagreeError
+
+CODE = ("launch", "trainer", "tokenizer")
+
+
+def hash_code(root: Path = ROOT) -> str:
+    """Return the SHA-256 over names and contents of the project's Python files."""
+    digest = hashlib.sha256()
+    for package in CODE:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def rank_facts(config: RunConfig, run_dir: Path, root: Path = ROOT) -> dict[str, str]:
+    """Return what must be equal on all ranks.
+
+    The run folder counts with the config found in it: on a file system of its own, a node would
+    see another folder, or none, under the same name.
+    """
+    frozen = run_dir / CONFIG_FILE
+    content = frozen.read_text(encoding="utf-8") if frozen.is_file() else "no config.yaml in it"
+    return {
+        "config": json.dumps(plain(config), sort_keys=True),
+        "run folder": f"{run_dir.resolve()}\n{content}",
+        "code": hash_code(root),
+    }
+
+
+def refuse_disagreement(facts: dict[str, str]) -> None:
+    """Compare ``facts`` over all ranks; every rank must call this, after joining the others.
+
+    Raises:
+        RanksDisagreeError: on every rank, naming the ranks that differ from rank 0 and in what.
+    """
+    differing = {name: collectives.all_ranks_equal(value) for name, value in facts.items()}
+    lines = [
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} differ from rank 0 in "
+        f"{name}"
+        for name, ranks in differing.items()
+        if ranks
+    ]
+    if lines:
+        raise RanksDisagreeError(
+            "\n".join(lines) + "\nstart every rank with the same command, on a shared file system, "
+            "from the same checkout"
+        )

@@ -1,0 +1,231 @@
+"""From the command line's overrides to a checked run configuration (the only importer of hydra)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch import ROOT
+from launch.secrets import flatten, refuse_secrets
+from launch.validation import Run, build_run
+from trainer.config import RunConfig, nearest
+from trainer.errors import ConfigError
+
+CONF = ROOT / "conf"
+COMPOSITION_ONLY = ("data_root",)  # keys that other values refer to; no part of a run's config
+
+
+def compose_run(overrides: Sequence[str], conf: Path = CONF) -> Run:
+    """Compose, check and build a run from ``KEY=VALUE`` and ``GROUP=OPTION`` words.
+
+    Raises:
+        ConfigError: with every problem found, one per line.
+    """
+    return build_run(compose_values(overrides, conf))
+
+
+def compose_values(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
+    """Compose ``conf/run.yaml`` with ``overrides`` into plain data.
+
+    Raises:
+        ConfigError: for words that are no overrides, unknown groups, options and keys (each with
+            the nearest names), values that are missing and values that look like secrets.
+    """
+    refuse_secrets(_pairs(overrides))
+    with _hydra(conf):
+        chosen, settings = _choose(_parse_all(overrides, conf), conf)
+        known = _compose(chosen)
+        _check_keys(settings, known)
+        composed = _compose(list(overrides)) if settings else known
+        values = _resolve(composed)
+    refuse_secrets(flatten(values))
+    return values
+
+
+def group_options(conf: Path = CONF) -> dict[str, list[str]]:
+    """Return the options of every config group, read from the folders of ``conf``."""
+    folders = sorted(p for p in conf.iterdir() if p.is_dir())
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
+
+
+def complete(words: str, conf: Path = CONF, shell: str = "bash") -> None:
+    """Print the completions of ``words`` (what follows the verb) with Hydra's own plugin."""
+    os.environ["COMP_LINE"] = f"kuroshio {words}"
+    _run_completion([f"query={shell}"], conf)
+
+
+def install_completion(arguments: Sequence[str], conf: Path = CONF) -> None:
+    """Print Hydra's shell code for ``install=SHELL`` or ``uninstall=SHELL``.
+
+    Raises:
+        ConfigError: for another action or a shell that Hydra has no completion for.
+    """
+    try:
+        _run_completion(arguments, conf)
+    except ValueError as error:
+        raise ConfigError(f"-sc {' '.join(arguments)}: {error}") from error
+
+
+def _run_completion(arguments: Sequence[str], conf: Path) -> None:
+    sys.argv[0] = "kuroshio"  # the name Hydra's shell code completes for
+    with _hydra(conf):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        hydra.shell_completion("run", list(arguments))
+
+
+@contextmanager
+def _hydra(conf: Path) -> Iterator[None]:
+    """Initialise Hydra on ``conf`` for the length of a block; it writes no files."""
+    # The schema comes first in run.yaml's defaults, so that every field of every section can be
+    # set although an option's file lists only the values it is about.
+    ConfigStore.instance().store("schema", _schema(), package="_global_")
+    with initialize_config_dir(str(conf), job_name="kuroshio", version_base="1.3"):
+        yield
+
+
+def _schema() -> dict[str, Any]:
+    """Return the defaults of every fixed section as plain data."""
+    hints = get_type_hints(RunConfig)
+    sections = {k: v for k, v in hints.items() if isinstance(v, type) and is_dataclass(v)}
+    return {name: _field_defaults(hint) for name, hint in sections.items()}
+
+
+def _field_defaults(section: type) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for f in dataclasses.fields(section):
+        if f.default is not dataclasses.MISSING:
+            defaults[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            defaults[f.name] = f.default_factory()
+    return defaults
+
+
+def _pairs(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for word in overrides:
+        key, _, value = word.partition("=")
+        yield key.lstrip("+~"), value
+
+
+def _parse(word: str, conf: Path) -> Override:
+    key, equals, _ = word.partition("=")
+    if not equals and not word.startswith("~"):
+        groups = [group for group, options in group_options(conf).items() if word in options]
+        hint = (
+            f"; did you mean {', '.join(f'{group}={word}' for group in groups)}?" if groups else ""
+        )
+        raise ConfigError(f"{word!r} is neither KEY=VALUE nor GROUP=OPTION{hint}")
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}: its value cannot be read ({reason}); put quotes around it: {key}='\"VALUE\"'"
+        ) from error
+    if override.is_sweep_override():
+        raise ConfigError(f"{key}: several values at once; start one run for each")
+    return override
+
+
+def _parse_all(overrides: Sequence[str], conf: Path) -> list[Override]:
+    parsed, problems = [], []
+    for word in overrides:
+        try:
+            parsed.append(_parse(word, conf))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return parsed
+
+
+def _choose(parsed: Iterable[Override], conf: Path) -> tuple[list[str], list[Override]]:
+    """Split overrides into words that choose a group's option and those that set a value."""
+    groups = group_options(conf)
+    chosen: list[str] = []
+    settings: list[Override] = []
+    problems: list[str] = []
+    for override in parsed:
+        group, option = override.key_or_group, override.value()
+        if group not in groups:
+            settings.append(override)
+        elif option is None or option in groups[group]:
+            chosen.append(str(override.input_line))
+        else:
+            known = "|".join(groups[group])
+            problems.append(
+                f"{group}={option}: expected {known}{nearest(str(option), groups[group])}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return chosen, settings
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        return hydra_compose("run", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"conf/run.yaml with {overrides or 'no overrides'}: {error}") from error
+
+
+def _check_keys(settings: Iterable[Override], known: DictConfig) -> None:
+    """Raise ConfigError for every setting whose key the composed config does not have."""
+    keys = set(_dotted_keys(OmegaConf.to_container(known, resolve=False)))
+    problems = [
+        f"{override.key_or_group} is not a known key{_nearest_keys(override.key_or_group, keys)}"
+        for override in settings
+        if not override.is_add() and override.key_or_group not in keys
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _dotted_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}{key}"
+            yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+def _nearest_keys(key: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with keys of the same last part first, then similar ones."""
+    leaf = key.rpartition(".")[2]
+    by_leaf: dict[str, list[str]] = {}
+    for name in sorted(known):
+        by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
+    close = [*by_leaf.get(leaf, ())]
+    close += difflib.get_close_matches(key, list(known), n=3, cutoff=0.75)
+    for similar in difflib.get_close_matches(leaf, by_leaf, n=3, cutoff=0.75):
+        close += by_leaf[similar]
+    names = list(dict.fromkeys(close))[:3]
+    return f"; did you mean {', '.join(names)}?" if names else ""
+
+
+def _resolve(composed: DictConfig) -> dict[str, Any]:
+    """Return the composed config as plain data with every interpolation replaced by its value."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {error.msg}") from error
+    if missing:
+        raise ConfigError("\n".join(f"{key} has no value; give {key}=VALUE" for key in missing))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key not in COMPOSITION_ONLY}

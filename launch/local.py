@@ -1,0 +1,163 @@
+"""Ranks on this machine: start them, pass signals on, end them together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import IO
+
+from launch.rendezvous import PARENT_KEY, Rendezvous, free_port
+from trainer.errors import EXIT_RESUME
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_S = 5.0  # between asking and killing the other ranks once one has died; they cannot save
+LINGER_S = 60.0  # between the first rank that left for a signal and the end of a hanging one
+POLL_S = 0.05
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def threads_per_rank(local_world_size: int) -> int:
+    """Return the CPU threads a rank may use so that a node's ranks share its cores."""
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm.isdigit():
+        return int(slurm)
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def follow_parent(environ: Mapping[str, str]) -> None:
+    """Make this rank save and leave when the `kuroshio run` that started it is killed."""
+    if PARENT_KEY not in environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(environ[PARENT_KEY]):  # it was killed before we asked to be told
+        sys.exit(128 + signal.SIGTERM)
+
+
+def run_ranks(command: Sequence[str], num_ranks: int, stdin: str) -> int:
+    """Run ``command`` once per rank and wait for all of them.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on once to every rank, which then save; a second SIGINT
+    kills them. When a rank dies, the others are ended: they could only wait for it.
+
+    Args:
+        command: what each rank runs.
+        num_ranks: how many, with local ranks 0 to ``num_ranks - 1``.
+        stdin: text every rank finds on its standard input.
+
+    Returns:
+        0, EXIT_RESUME when the ranks stopped for a signal after saving, or the exit code of the
+        rank that failed first (128 + n when signal n killed it).
+    """
+    port = free_port()
+    places = [
+        Rendezvous(rank, num_ranks, rank, num_ranks, "127.0.0.1", port, "local")
+        for rank in range(num_ranks)
+    ]
+    ranks: list[subprocess.Popen[str]] = []
+    with _forwarding(ranks):
+        try:
+            for place in places:
+                ranks.append(_start(command, place, stdin))
+            return _wait(ranks)
+        finally:
+            _end(ranks)
+
+
+def _start(command: Sequence[str], place: Rendezvous, stdin: str) -> subprocess.Popen[str]:
+    """Start one rank; rank 0 writes to our terminal, the others behind their number."""
+    environ: MutableMapping[str, str] = dict(os.environ)
+    environ.update({PARENT_KEY: str(os.getpid())})
+    environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(place.local_world_size)))
+    place.export(environ)
+    output = None if place.rank == 0 else subprocess.PIPE
+    process = subprocess.Popen(
+        command,
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=None if place.rank == 0 else subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # a terminal's Ctrl-C reaches the ranks through us, once
+    )
+    if process.stdout is not None:
+        arguments = (process.stdout, f"[rank {place.rank}] ")
+        threading.Thread(target=_copy_lines, args=arguments, daemon=True).start()
+    assert process.stdin is not None
+    try:
+        process.stdin.write(stdin)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+    return process
+
+
+def _copy_lines(stream: IO[str], prefix: str) -> None:
+    for line in stream:
+        sys.stderr.write(prefix + line)
+        sys.stderr.flush()
+
+
+@contextmanager
+def _forwarding(ranks: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
+    """Pass signals on to the ranks for the length of a block."""
+    interrupts = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL if interrupts > 1 else number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[str]]) -> int:
+    """Wait until all ranks ended well or one failed; return the exit code of the whole."""
+    first_left: float | None = None
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [r for r, code in enumerate(codes) if code not in (None, 0, EXIT_RESUME)]
+        if failed:
+            code = codes[failed[0]] or 0
+            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code}"
+            print(f"kuroshio: rank {failed[0]} {cause}; ending the others", file=sys.stderr)
+            return 128 - code if code < 0 else code
+        if None not in codes:
+            return max(code or 0 for code in codes)
+        if EXIT_RESUME in codes:
+            first_left = first_left or time.monotonic()
+            if time.monotonic() - first_left > LINGER_S:
+                late = [rank for rank, code in enumerate(codes) if code is None]
+                print(f"kuroshio: ranks {late} hang after the others left", file=sys.stderr)
+                return EXIT_RESUME
+        time.sleep(POLL_S)
+
+
+def _end(ranks: Sequence[subprocess.Popen[str]]) -> None:
+    """End and reap every rank that is still there."""
+    for process in ranks:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in ranks:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

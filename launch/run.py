@@ -1,0 +1,134 @@
+"""``kuroshio run``: one stage, on this machine or as one rank of a job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch import local, rendezvous, run_folder
+from launch.rendezvous import Rendezvous
+from launch.secrets import flatten, refuse_secrets
+from trainer.config import RunConfig, grad_accum_steps, load_config
+from trainer.errors import EXIT_RESUME, ConfigError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compose (or read) a config and run its stage; return the exit code."""
+    options = _parse(arguments)
+    values = _read_values(options)
+    if options.dry_run:
+        from launch import summary, validation
+
+        summary.show(validation.build_run(values))
+        return 0
+    local.follow_parent(os.environ)
+    found = rendezvous.detect(os.environ)
+    config = load_config(values)
+    if found.launcher == "plain" and config.cluster.gpus_per_node > 1:
+        _refuse_many_nodes(config)
+        command = [sys.executable, "-m", "launch", "run", "--config", "-"]
+        return local.run_ranks(command, config.cluster.gpus_per_node, json.dumps(values))
+    return run_rank(values, found)
+
+
+def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
+    """Run a stage as the rank ``found``; return the exit code."""
+    from launch.validation import build_run
+    from trainer.stage import Context
+
+    _leave_on_signals()
+    found.export(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))
+    run = build_run(values)
+    rendezvous.check_world(found, run.config.cluster)
+    run_dir = Path(run.config.run_dir)
+    if run.stage.single_process:
+        if found.rank == 0:
+            _claim(run_dir, run.config, found)
+            run.stage.run(Context(run.config, run_dir))
+        return 0
+    grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
+    if found.rank == 0:
+        _claim(run_dir, run.config, found)
+    _join(run.config, run_dir, found)
+    run.stage.run(
+        Context(run.config, run_dir, found.rank, found.world_size, int(os.environ["LOCAL_RANK"]))
+    )
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="kuroshio run", add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--config", metavar="FILE")
+    options, overrides = parser.parse_known_args(arguments)
+    unknown = [word for word in overrides if word.startswith("-")]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such flag; `kuroshio run` has --dry-run, --config FILE and "
+            "--help, everything else is KEY=VALUE or GROUP=OPTION"
+        )
+    if options.config and overrides:
+        raise ConfigError(
+            f"--config={options.config} is a whole configuration, so {' '.join(overrides)} has no "
+            "place beside it; leave one of them out"
+        )
+    options.overrides = overrides
+    return options
+
+
+def _read_values(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the run's plain configuration: composed, from a file or from standard input."""
+    if options.config is None:
+        from launch.compose import compose_values
+
+        return compose_values(options.overrides)
+    if options.config == "-":
+        values: dict[str, Any] = json.load(sys.stdin)
+        return values
+    path = Path(options.config)
+    values = run_folder.read(path)
+    refuse_secrets(flatten(values))
+    if path.name == run_folder.CONFIG_FILE:
+        values["run_dir"] = str(path.parent)  # the folder may have been moved
+    return values
+
+
+def _refuse_many_nodes(config: RunConfig) -> None:
+    if config.cluster.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes={config.cluster.nodes}, but this process was started alone; start one "
+            "task per GPU with srun, or torchrun or mpiexec on every node"
+        )
+
+
+def _leave_on_signals() -> None:
+    """Let a signal end this rank as "resume me" until the training loop takes signals over."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(EXIT_RESUME)  # nothing was trained yet, so there is nothing to save
+
+    for number in local.FORWARDED:
+        signal.signal(number, leave)
+
+
+def _claim(run_dir: Path, config: RunConfig, found: Rendezvous) -> None:
+    changes = run_folder.claim(run_dir, config)
+    run_folder.record_life(run_dir, found.launcher, found.world_size, changes)
+
+
+def _join(config: RunConfig, run_dir: Path, found: Rendezvous) -> None:
+    """Meet the other ranks, and go on only if all are about to do the same."""
+    from launch import agreement
+    from trainer.engine.engine import init_distributed
+
+    init_distributed(int(os.environ["LOCAL_RANK"]), config.cluster.timeout_s)
+    if found.world_size > 1:
+        agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))

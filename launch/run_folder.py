@@ -1,0 +1,165 @@
+"""The run folder's frozen config and the record of every life of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError, ConfigError, StorageError
+
+CONFIG_FILE = "config.yaml"
+LIVES_FILE = "lives.jsonl"
+# What a later life may change: where and how fast a run computes, what it keeps and shows. A
+# checkpoint is independent of ZeRO stage, offload and world size, and the loss of micro_batch_size.
+CHANGEABLE = (
+    "cluster.*",
+    "engine.*",
+    "log.*",
+    "data.store_dir",
+    "data.num_processes",
+    "loop.micro_batch_size",
+    "loop.log_every",
+    "loop.save_every",
+    "loop.keep_last",
+    "loop.keep_every",
+)
+HEADER = "# The run's whole configuration; resume, export and report read it. Do not edit.\n"
+
+
+def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
+    """Freeze ``config`` in ``run_dir``, or find there the same one from an earlier life.
+
+    Returns:
+        Keys that changed since the last life, each with its old and new value.
+
+    Raises:
+        ConfigError: when the folder belongs to a run of another config, listing what differs.
+        StorageError: when the folder cannot be written.
+    """
+    path = run_dir / CONFIG_FILE
+    with _writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = _write_aside(path, freeze(config))
+        try:
+            os.link(temporary, path)  # fails if another life, or another job just now, was first
+            return {}
+        except FileExistsError:
+            changes = check_same_run(run_dir, config)
+            if changes:
+                temporary.replace(path)
+            return changes
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
+    """Return the keys of the frozen config that ``config`` changes, if all of them may change.
+
+    Raises:
+        ConfigError: when another key differs.
+    """
+    frozen = read(run_dir / CONFIG_FILE)
+    changes = differences(frozen, plain(config))
+    changeable: tuple[str, ...] = (*CHANGEABLE, "run_dir")
+    if config.schedule.name == "constant":
+        changeable += ("loop.max_steps",)  # no learning rate of the past depends on it
+    refused = {k: v for k, v in changes.items() if not _matches(k, changeable)}
+    if refused:
+        lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
+        raise ConfigError(
+            f"run_dir={run_dir} belongs to a run with another config:\n"
+            + "\n".join(lines)
+            + "\ngive another run_dir, or the old values to resume it"
+        )
+    return {key: value for key, value in changes.items() if key != "run_dir"}
+
+
+def record_life(run_dir: Path, launcher: str, world_size: int, changes: Mapping[str, Any]) -> None:
+    """Append when, where and with which changes this life of the run started."""
+    life = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "launcher": launcher,
+        "world_size": world_size,
+        "changes": dict(changes),
+    }
+    with _writing(run_dir), (run_dir / LIVES_FILE).open("a", encoding="utf-8") as lives:
+        lives.write(json.dumps(life, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the plain data of a frozen config.
+
+    Raises:
+        CheckpointError: when the file is missing or is no YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no configuration; restore it or give another run_dir")
+    return values
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Return ``config`` as nested dicts, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def freeze(config: RunConfig) -> str:
+    """Return ``config`` as YAML text."""
+    return HEADER + yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the dotted keys whose values differ, each with its old and new value."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    pairs = {key: [before.get(key, "absent"), after.get(key, "absent")] for key in keys}
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
+
+
+def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{key}.{inner}", leaf) for inner, leaf in _leaves(value))
+        else:
+            yield str(key), value
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _write_aside(path: Path, text: str) -> Path:
+    """Write ``text`` durably to a temporary file beside ``path``."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"run_dir={run_dir} cannot be written: {error}; free space there, or choose a folder "
+            "that you may write with run_dir=FOLDER"
+        ) from error

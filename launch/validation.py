@@ -1,0 +1,40 @@
+"""From plain data to a run that passed every check."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import RunConfig, build, validate
+from trainer.errors import ConfigError
+from trainer.stage import Stage
+from trainer.stages import build_stage, stage_section
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that passed every check: its config and its stage."""
+
+    config: RunConfig
+    stage: Stage
+
+
+def build_run(values: dict[str, Any]) -> Run:
+    """Build the config and its stage from plain ``values`` (composed, or read from a frozen file).
+
+    Raises:
+        ConfigError: with every problem of the config, the stage and between the two.
+    """
+    problems: list[str] = []
+    config = build(RunConfig, values, "", problems)
+    section = values.get("stage")
+    stage = build_stage(section, problems) if isinstance(section, dict) else None
+    if config is not None:
+        problems += validate(config)
+        if stage is not None:
+            problems += stage.check(config)
+    if problems or config is None or stage is None:
+        raise ConfigError("\n".join(problems))
+    whole = stage_section(stage, str(config.stage["name"]))  # defaults written out
+    return Run(dataclasses.replace(config, stage=whole), stage)
