@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from tokenizer.scripts import DEFAULT_SCRIPTS, run_pattern
@@ -120,7 +121,7 @@ def segment(text: str, scores: dict[str, float]) -> list[str]:
     parts = list(text)
     while True:
         best, where = float("-inf"), -1
-        for i, (left, right) in enumerate(zip(parts, parts[1:], strict=False)):
+        for i, (left, right) in enumerate(pairwise(parts)):
             if left in scores and right in scores and scores.get(left + right, best) > best:
                 best, where = scores[left + right], i
         if where < 0:

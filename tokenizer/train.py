@@ -1,0 +1,128 @@
+"""Train SentencePiece pieces on a corpus that is read once, as a stream."""
+
+from __future__ import annotations
+
+import heapq
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from random import Random
+from typing import Literal
+
+from sentencepiece import SentencePieceTrainer
+
+from tokenizer.scripts import DEFAULT_SCRIPTS, run_pattern
+from trainer.errors import DataError
+
+NUM_THREADS = 4  # fixed: the sums of unigram training, and so its pieces, depend on it
+MAX_SENTENCE_BYTES = 1 << 20  # SentencePiece silently skips longer ones
+MAX_RUN_CHARS = 200_000
+
+
+def sample_texts(texts: Iterable[str], max_chars: int, seed: int = 0) -> list[str]:
+    """Draw a random sample of whole documents from a stream, holding no more than the sample.
+
+    Every document gets a random key; those with the smallest keys are kept while their characters
+    fit. The same stream and seed give the same sample, in the order of the stream.
+
+    Args:
+        texts: documents.
+        max_chars: characters to keep at most.
+        seed: of the keys.
+
+    Returns:
+        The kept documents (all, when they fit).
+    """
+    random, total = Random(seed), 0
+    heap: list[tuple[float, int, str]] = []  # largest key first
+    for index, text in enumerate(texts):
+        heapq.heappush(heap, (-random.random(), -index, text))
+        total += len(text)
+        while total > max_chars and heap:
+            total -= len(heapq.heappop(heap)[2])
+    return [text for _, _, text in sorted(heap, key=lambda entry: -entry[1])]
+
+
+def script_runs(texts: Iterable[str], scripts: Sequence[str]) -> Iterator[str]:
+    """Yield the longest runs of characters of ``scripts``, cut at spaces and line ends.
+
+    Trained on runs, every piece is one that the merge can use: none is spent on other scripts.
+    """
+    pattern = run_pattern(tuple(scripts))
+    for text in texts:
+        for run in pattern.findall(text):
+            for start in range(0, len(run), MAX_RUN_CHARS):
+                yield run[start : start + MAX_RUN_CHARS]
+
+
+def train_pieces(
+    texts: Iterable[str],
+    vocab_size: int,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    scripts: Sequence[str] = DEFAULT_SCRIPTS,
+    character_coverage: float = 0.9995,
+) -> bytes:
+    """Train a SentencePiece model on the runs of ``scripts`` in ``texts``.
+
+    The normaliser is the identity: a piece is spelt as the text is. There is no dummy prefix,
+    because the pieces continue a base that has its own.
+
+    Args:
+        texts: documents (see ``sample_texts``).
+        vocab_size: pieces to train, the three control pieces of SentencePiece included.
+        model_type: ``bpe`` (no dead pieces when merged) or ``unigram``.
+        scripts: classes of ``tokenizer.scripts``.
+        character_coverage: share of the characters that get a piece; the rarest are spelt in bytes.
+
+    Returns:
+        Bytes of the model.
+
+    Raises:
+        DataError: too little text for the size, naming the largest size that works.
+    """
+    runs = script_runs(texts, scripts)
+    first = next(runs, None)
+    if first is None:
+        raise DataError(
+            f"the sample holds no text in scripts {', '.join(scripts)}; "
+            "choose other data.sources or stage.scripts"
+        )
+    writer = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, runs),
+            model_writer=writer,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix="all" in scripts,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            num_threads=NUM_THREADS,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise _too_small(vocab_size, model_type, str(error)) from error
+    return writer.getvalue()
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _too_small(vocab_size: int, model_type: str, message: str) -> DataError:
+    """Put SentencePiece's own check of the size into the words of the config."""
+    if largest := re.search(r"value <= (\d+)", message):
+        return DataError(
+            f"stage.vocab_size={vocab_size}: the sample is too small for that many {model_type} "
+            f"pieces; the largest size that works is {largest[1]}, or give more text "
+            "(data.sources, stage.sample_chars)"
+        )
+    if smallest := re.search(r"required_chars. \d+ vs (\d+)", message):
+        return DataError(
+            f"stage.vocab_size={vocab_size}: the sample has more different characters than that; "
+            f"the smallest size that works is {smallest[1]}, or lower stage.character_coverage"
+        )
+    return DataError(f"stage.vocab_size={vocab_size}: SentencePiece could not train: {message}")
