@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,30 +64,20 @@ def group_options(conf: Path = CONF) -> dict[str, list[str]]:
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
 
 
-def complete(words: str, conf: Path = CONF, shell: str = "bash") -> None:
-    """Print the completions of ``words`` (what follows the verb) with Hydra's own plugin."""
-    os.environ["COMP_LINE"] = f"kuroshio {words}"
-    _run_completion([f"query={shell}"], conf)
-
-
-def install_completion(arguments: Sequence[str], conf: Path = CONF) -> None:
-    """Print Hydra's shell code for ``install=SHELL`` or ``uninstall=SHELL``.
+def run_completion(action: str, conf: Path = CONF) -> None:
+    """Print what Hydra's plugin says for ``install=SHELL``, ``uninstall=SHELL``, ``query=SHELL``.
 
     Raises:
-        ConfigError: for another action or a shell that Hydra has no completion for.
+        ConfigError: when Hydra has no completion for that shell.
     """
-    try:
-        _run_completion(arguments, conf)
-    except ValueError as error:
-        raise ConfigError(f"-sc {' '.join(arguments)}: {error}") from error
-
-
-def _run_completion(arguments: Sequence[str], conf: Path) -> None:
-    sys.argv[0] = "kuroshio"  # the name Hydra's shell code completes for
+    sys.argv[0] = "kuroshio"  # the name that the shell code completes for
     with _hydra(conf):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        hydra.shell_completion("run", list(arguments))
+        try:
+            hydra.shell_completion("run", [action])
+        except ValueError as error:
+            raise ConfigError(f"-sc {action}: {error}") from error
 
 
 @contextmanager
