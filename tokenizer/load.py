@@ -122,7 +122,12 @@ def save_tokenizer(
 
 def vocab_size(path: str | Path) -> int:
     """Return the number of ids (largest id + 1) of the tokenizer at ``path``."""
-    return max(load_tokenizer(path).get_vocab().values()) + 1
+    return num_ids(load_tokenizer(path))
+
+
+def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the largest id + 1 (``len`` is smaller where ids have gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def embedding_rows(model_folder: str | Path) -> int:
