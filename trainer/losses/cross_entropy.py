@@ -1,10 +1,13 @@
 """Next-token cross-entropy, and the same loss fused with the vocabulary projection.
 
 ``linear_cross_entropy`` never holds the logits of all tokens: it works through chunks of tokens
-and computes the gradients while a chunk's logits exist.
+and computes the gradients while a chunk's logits exist. Its memory above the gradients themselves
+is a constant, ``CHUNK_BYTES``, whatever the sequence length and the vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +15,8 @@ from torch import Tensor
 IGNORE_INDEX = -100  # a target that is no target; torch and transformers use the same value
 
 CHUNK_BYTES = 128 * 2**20  # logits that exist at one time
+CPU_TILE_BYTES = 4 * 2**20  # fp32 rows of the softmax, worked on while they are in the CPU's cache
+VOCAB_BLOCK = 4096  # rows of the weight whose gradient is added up at one time
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
@@ -64,6 +69,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum the negative log-likelihood of ``targets`` under ``softmax(hidden @ weight.T)``.
 
+    The gradients are computed beside the loss, in one pass over the tokens, and held in fp32 until
+    backward has multiplied them by the incoming gradient: an fp16 loss scale acts before they
+    are rounded to fp16.
+
     Args:
         hidden: ``[n, d]`` last hidden states.
         weight: ``[v, d]`` output embedding, same dtype as ``hidden``.
@@ -72,46 +81,14 @@ def linear_cross_entropy(
 
     Returns:
         ``[]`` sum in nats, fp32 (fp64 for fp64 input).
+
+    Raises:
+        RuntimeError: when a target is no real row (on CUDA, as a device-side assertion).
     """
+    if not torch.is_grad_enabled():
+        return linear_nll(hidden, weight, targets, num_real_rows).sum()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, num_real_rows)
     return loss
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, num_real_rows):  # type: ignore[no-untyped-def]
-        keep = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        real = weight[:num_real_rows]
-        acc = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=acc, device=hidden.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dhidden = torch.zeros_like(hidden, dtype=acc) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=acc) if need_weight else None
-        chunk = max(1, CHUNK_BYTES // (max(1, len(real)) * acc.itemsize))
-        for index in keep.split(chunk):
-            rows, wanted = hidden[index], targets[index].unsqueeze(1)
-            logits = (rows @ real.T).to(acc)
-            lse = logits.logsumexp(1, keepdim=True)
-            loss += (lse - logits.gather(1, wanted)).sum()
-            if not (need_hidden or need_weight):
-                continue
-            probs = logits.sub_(lse).exp_()
-            probs.scatter_add_(1, wanted, probs.new_full((), -1.0).expand_as(wanted))
-            if dhidden is not None:
-                dhidden[index] = probs @ real.to(acc)
-            if dweight is not None:
-                dweight[: len(real)].addmm_(probs.T, rows.to(acc))
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        grads = [
-            None if grad is None else (grad * grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *grads, None, None
 
 
 @torch.no_grad()
@@ -120,18 +97,160 @@ def linear_nll(
 ) -> Tensor:
     """Return each token's negative log-likelihood, without gradients.
 
-    Args: as ``linear_cross_entropy``.
+    Args:
+        hidden: ``[n, d]`` last hidden states.
+        weight: ``[v, d]`` output embedding, same dtype as ``hidden``.
+        targets: ``[n]`` row numbers of ``weight``, already shifted.
+        num_real_rows: rows from this one on are padding and take no part in the softmax.
 
     Returns:
-        ``[n]`` nats in fp32; 0 where the target is ``IGNORE_INDEX``.
+        ``[n]`` nats in fp32 (fp64 for fp64 input); 0 where the target is ``IGNORE_INDEX``.
     """
-    acc = torch.promote_types(hidden.dtype, torch.float32)
-    nll = torch.zeros(targets.shape, dtype=acc, device=hidden.device)
-    keep = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    real = weight[:num_real_rows]
-    chunk = max(1, CHUNK_BYTES // (max(1, len(real)) * acc.itemsize))
-    for index in keep.split(chunk):
-        logits = (hidden[index] @ real.T).to(acc)
-        wanted = logits.gather(1, targets[index].unsqueeze(1)).squeeze(1)
-        nll[index] = logits.logsumexp(1) - wanted
+    weight = weight[:num_real_rows]
+    nll = torch.zeros_like(targets, dtype=_wide(hidden.dtype))
+    for index in _chunks(targets, weight):
+        nll[index], _ = _softmax(hidden[index], weight, targets[index], need_probs=False)
     return nll
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        num_real_rows: int | None,
+    ) -> Tensor:
+        need_hidden, need_weight, *_ = ctx.needs_input_grad
+        wide = _wide(hidden.dtype)
+        hidden_grad = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        real = weight[:num_real_rows]
+        for index in _chunks(targets, real):
+            rows, wanted = hidden[index], targets[index]
+            nll, probs = _softmax(rows, real, wanted)
+            loss += nll.sum()
+            # The target's own entry of the logits' gradient, p - 1, is most of the gradient: it
+            # goes in apart, in fp32, where low-precision probabilities would round it.
+            at_target = torch.expm1(-nll)[:, None] * _storage_scale(hidden.dtype)
+            if hidden_grad is not None:
+                hidden_grad[index] = _mix_rows(probs, real).addcmul_(at_target, real[wanted])
+            if weight_grad is not None:
+                _add_mixed_rows(weight_grad, probs, rows)
+                weight_grad.index_put_((wanted,), at_target * rows, accumulate=True)
+            del probs  # before the next chunk's logits are made
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        factor = grad_output / _storage_scale(ctx.dtype)
+        grads = [_scaled(grad, factor, ctx.dtype) for grad in ctx.saved_tensors]
+        return *grads, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and statistics over values of ``dtype``: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _storage_scale(dtype: torch.dtype) -> float:
+    """Return the factor that probabilities carry while they are stored in ``dtype``.
+
+    Most are near 1 / vocab, where fp16 is subnormal already (below 6e-5). Times 2**15 the largest
+    still does not overflow, and the smallest that is kept is 2e-12.
+    """
+    return 2.0**15 if dtype == torch.float16 else 1.0
+
+
+def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """Yield positions of real targets, at most ``CHUNK_BYTES`` of logits at a time, evenly."""
+    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    max_tokens = max(1, CHUNK_BYTES // max(1, len(weight) * weight.itemsize))
+    num_chunks = -(-len(kept) // max_tokens)
+    yield from kept.tensor_split(num_chunks) if num_chunks else ()
+
+
+def _softmax(
+    hidden: Tensor, weight: Tensor, targets: Tensor, need_probs: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return each token's loss and the probabilities of all rows but its target.
+
+    On a CPU the softmax runs over a few tokens at a time, so that its fp32 passes stay in cache.
+
+    Args:
+        hidden: ``[t, d]``.
+        weight: ``[v, d]``.
+        targets: ``[t]``, all of them rows of ``weight``.
+        need_probs: false leaves the second result meaningless.
+
+    Returns:
+        ``[t]`` nats and ``[t, v]`` in the dtype of ``hidden``, times ``_storage_scale``, 0 at the
+        targets.
+    """
+    logits = _matmul(hidden, weight.T)
+    probs = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
+    nll = torch.empty_like(targets, dtype=_wide(hidden.dtype))
+    num_rows = len(targets)
+    if hidden.device.type == "cpu":
+        num_rows = max(1, CPU_TILE_BYTES // (len(weight) * nll.itemsize))
+    for start in range(0, len(targets), num_rows):
+        rows = slice(start, start + num_rows)
+        tile = logits[rows].to(nll.dtype)  # a view where the logits are wide already
+        wanted = targets[rows, None]
+        tile -= tile.amax(1, keepdim=True)
+        at_target = tile.gather(1, wanted)
+        total = tile.exp_().sum(1, keepdim=True)
+        nll[rows] = (total.log() - at_target).squeeze(1)
+        if need_probs:
+            tile *= _storage_scale(hidden.dtype) / total
+            probs[rows] = tile.scatter_(1, wanted, 0.0)
+    return nll, probs
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply, with an fp32 result where the device can give one to low-precision factors."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if left.dtype == torch.float16:  # its range would not hold the sums
+        return left.float() @ right.float()
+    return left @ right
+
+
+def _mix_rows(probs: Tensor, weight: Tensor) -> Tensor:
+    """Return ``probs [t, v] @ weight [v, d]`` in fp32 (fp64), summed over blocks of v.
+
+    A product that the device rounds to bf16 loses less in blocks than as a whole.
+    """
+    total = torch.zeros_like(probs[:, :1], dtype=_wide(probs.dtype)).repeat(1, weight.shape[1])
+    blocks = zip(probs.split(VOCAB_BLOCK, dim=1), weight.split(VOCAB_BLOCK), strict=True)
+    for block_probs, rows in blocks:
+        total += _matmul(block_probs, rows)
+    return total
+
+
+def _add_mixed_rows(weight_grad: Tensor, probs: Tensor, hidden: Tensor) -> None:
+    """Add ``probs [t, v].T @ hidden [t, d]`` to the first v rows of ``weight_grad``."""
+    real = weight_grad[: probs.shape[1]]
+    if real.dtype == hidden.dtype:
+        real.addmm_(probs.T, hidden)
+        return
+    blocks = zip(real.split(VOCAB_BLOCK), probs.split(VOCAB_BLOCK, dim=1), strict=True)
+    for rows, block_probs in blocks:
+        rows += _matmul(block_probs.T, hidden)
+
+
+def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return ``grad * factor`` in ``dtype``, block by block so that no second wide copy exists."""
+    if grad is None:
+        return None
+    result = torch.empty_like(grad, dtype=dtype)
+    for source, target in zip(grad.split(VOCAB_BLOCK), result.split(VOCAB_BLOCK), strict=True):
+        target.copy_(source * factor)
+    return result
