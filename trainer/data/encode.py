@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAIR_TABLE_BITS = 22  # a colliding pair only means one cut less
 PAIR_FACTOR = np.uint32(0x9E3779B1)  # 2**32 / golden ratio: Knuth, TAOCP vol. 3, section 6.4
@@ -24,18 +27,43 @@ MAX_CACHED_PIECES = 1 << 19  # about 100 MB of a process
 MAX_CACHED_CHARS = 24  # longer pieces hardly ever recur
 
 
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A fast tokenizer as plain data: worker processes rebuild it without transformers."""
+
+    backend_json: str
+    num_ids: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int  # the tokenizer's, else its end token, else 0
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> EncoderSpec:
+        """Describe a loaded tokenizer."""
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return cls(
+            backend_json=tokenizer.backend_tokenizer.to_str(),
+            num_ids=max(tokenizer.get_vocab().values()) + 1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=next(pad for pad in pads if pad is not None),
+        )
+
+
 class Encoder:
     """Encode documents as the bytes of their ids, with the start and end token around each.
 
     Args:
-        tokenizer: a fast tokenizer.
+        spec: what ``EncoderSpec.of`` made of a fast tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.backend: Tokenizer = tokenizer.backend_tokenizer
-        self.dtype = token_dtype(max(tokenizer.get_vocab().values()) + 1)
-        self._start = self._pack([tokenizer.bos_token_id])
-        self._end = self._pack([tokenizer.eos_token_id])
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.backend = Tokenizer.from_str(spec.backend_json)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.dtype = token_dtype(spec.num_ids)
+        self._start = self._pack([spec.bos_token_id])
+        self._end = self._pack([spec.eos_token_id])
         self._spec: dict[str, Any] = json.loads(self.backend.to_str())
         self._cutter = PieceCutter(self._spec) if is_cuttable(self._spec) else None
         added = [re.escape(token["content"]) for token in self._spec["added_tokens"]]
@@ -131,7 +159,6 @@ def is_cuttable(spec: dict[str, Any]) -> bool:
     return (
         model["type"] == "BPE"
         and spec["pre_tokenizer"] is None
-        and spec["truncation"] is None
         and _normaliser_parts(spec["normalizer"]) is not None
         and not any(token["normalized"] for token in spec["added_tokens"])
         and bool(model.get("byte_fallback"))

@@ -1,0 +1,175 @@
+"""The work of one process while a source is prepared: chunks of a file to shards of tokens.
+
+A chunk is a fixed stretch of a file's rows, whoever works on it and with how many others. Each
+becomes one shard, written in one step; a shard that is there is never made again. So a killed
+preparation goes on where it was, and two started at once can only do the same work twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.encode import Encoder
+from trainer.data.fingerprints import SourceFile, SourcePlan
+from trainer.data.readers import decode_row, walk_file
+from trainer.data.records import RejectLog
+from trainer.data.rows import Row
+from trainer.data.storage import atomic_file, naming_the_disk, unique_suffix
+from trainer.data.store import DOCUMENT_ARRAYS, MANIFEST, hash_text
+
+CHUNKS_PER_FILE = 64  # enough to spread a file over a node's processes
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 1 << 26
+ENCODE_CHARS = 1 << 18  # texts handed to the tokenizer at a time
+
+Report = Callable[[int, int], None]  # bytes read, documents made since the last call
+
+
+@dataclass(frozen=True)
+class Task:
+    """Every ``num_parts``-th chunk of a file, from chunk ``part`` on."""
+
+    plan: SourcePlan
+    file_id: int
+    part: int
+    num_parts: int
+    max_bad_row_share: float
+
+    @property
+    def file(self) -> SourceFile:
+        """The file to read."""
+        return self.plan.files[self.file_id]
+
+
+def chunk_bytes(file: SourceFile) -> int:
+    """Return the size of a file's chunks in bytes of raw rows."""
+    return min(max(file.num_bytes // CHUNKS_PER_FILE, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+
+def shard_path(work_folder: Path, file_id: int, chunk: int) -> Path:
+    """Return where a chunk's shard belongs."""
+    return work_folder / f"{file_id:06d}-{chunk:06d}.npz"
+
+
+def count_path(work_folder: Path, file_id: int) -> Path:
+    """Return where the number of a file's chunks is kept once it is known."""
+    return work_folder / f"{file_id:06d}.chunks"
+
+
+def num_chunks(work_folder: Path, file_id: int) -> int | None:
+    """Return the number of chunks of a file that was read to its end, else None."""
+    path = count_path(work_folder, file_id)
+    return int(path.read_text()) if path.exists() else None
+
+
+def run_task(task: Task, encoder: Encoder, report: Report) -> None:
+    """Make the missing shards of a task.
+
+    Raises:
+        DataError: the file is unreadable or has too many bad rows.
+        StorageError: the disk is full.
+    """
+    work_folder, committed = task.plan.work_folder, task.plan.folder / MANIFEST
+    known = num_chunks(work_folder, task.file_id)
+    if known is not None and all(
+        shard_path(work_folder, task.file_id, chunk).exists()
+        for chunk in range(task.part, known, task.num_parts)
+    ):
+        return
+    chunk = -1
+    try:
+        for chunk, rows in enumerate(_chunks(task)):
+            shard = shard_path(work_folder, task.file_id, chunk)
+            if committed.exists():
+                return  # another job was faster
+            if chunk % task.num_parts == task.part and not shard.exists():
+                _write_shard(task, shard, rows, encoder, report)
+        with atomic_file(count_path(work_folder, task.file_id)) as file:
+            file.write(str(chunk + 1).encode())
+    except FileNotFoundError:
+        if not committed.exists():  # else another job has finished the source and cleaned up
+            raise
+
+
+def _chunks(task: Task) -> Iterator[Iterator[Row]]:
+    """Yield the chunks of a file; rows of a chunk that was not read are passed over."""
+    rows = walk_file(task.file.path, task.plan.source)
+    limit = chunk_bytes(task.file)
+    following = next(rows, None)
+    while following is not None:
+        first = following
+
+        def chunk(first: Row = first) -> Iterator[Row]:
+            nonlocal following
+            row: Row | None = first
+            num_bytes = 0
+            while row is not None and num_bytes < limit:
+                num_bytes += row.num_bytes
+                yield row
+                row = next(rows, None)
+            following = row
+
+        current = chunk()
+        yield current
+        for _ in current:
+            pass
+
+
+def _write_shard(
+    task: Task, path: Path, rows: Iterator[Row], encoder: Encoder, report: Report
+) -> None:
+    log_path = path.with_suffix(f".rejected-{unique_suffix()}.jsonl")
+    rejects = RejectLog(log_path, task.max_bad_row_share)
+    tokens: list[bytes] = []
+    columns: dict[str, list[int]] = {name: [] for name in DOCUMENT_ARRAYS}
+    num_short = 0
+    for texts in _batches(rows, task, rejects, report):
+        kept = [text for text in texts if len(text) >= task.plan.min_chars]
+        num_short += len(texts) - len(kept)
+        for text, ids in zip(kept, encoder.encode(kept), strict=True):
+            encoded = text.encode()
+            tokens.append(ids)
+            columns["num_tokens"].append(len(ids) // encoder.dtype.itemsize)
+            columns["num_chars"].append(len(text))
+            columns["num_bytes"].append(len(encoded))
+            columns["text_hashes"].append(hash_text(encoded))
+    with naming_the_disk(path):
+        rejects.close()
+    rejected_rows = log_path.read_bytes() if rejects.num_rejected else b""
+    counts = {"read": rejects.num_read, "rejected": rejects.num_rejected, "short": num_short}
+    arrays = {name: np.array(columns[name], dtype) for name, dtype in DOCUMENT_ARRAYS.items()}
+    with atomic_file(path) as file:
+        np.savez(
+            file,
+            tokens=np.frombuffer(b"".join(tokens), encoder.dtype),
+            rejected_rows=np.frombuffer(rejected_rows, np.uint8),
+            counts=np.frombuffer(json.dumps(counts).encode(), np.uint8),
+            **arrays,  # type: ignore[arg-type]
+        )
+    log_path.unlink(missing_ok=True)
+
+
+def _batches(
+    rows: Iterator[Row], task: Task, rejects: RejectLog, report: Report
+) -> Iterator[list[str]]:
+    """Yield the texts of the good rows, some at a time."""
+    texts: list[str] = []
+    num_chars = num_bytes = 0
+    for row in rows:
+        num_bytes += row.num_bytes
+        with naming_the_disk(rejects.path or task.plan.work_folder):
+            text = decode_row(row, task.file.path, task.plan.source, rejects)
+        if text is not None:
+            texts.append(text)
+            num_chars += len(text)
+        if num_chars >= ENCODE_CHARS:
+            yield texts
+            report(num_bytes, len(texts))
+            texts, num_chars, num_bytes = [], 0, 0
+    if texts:
+        yield texts
+    report(num_bytes, len(texts))
