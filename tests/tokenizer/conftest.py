@@ -1,4 +1,4 @@
-"""Real tokenizers and texts beside the repository; tests that need them skip when they are absent."""
+"""Real tokenizers and texts beside the repository; without them their tests skip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs away from the big bad wolf",
     "we sell 1234 apples and 5678 pears in 90 boxes, for 12.50 a box (or less)",
     "def main(argv):    return 0    # four spaces, twice",
-    "中文也有一點：山水之間，人有情。",
+    "中 文 也 有 一 點 ： 山 水 之 間 ， 人 有 情 。",
 ]
 
 
@@ -53,7 +53,7 @@ def small_base() -> bytes:
         vocab_size=400,
         byte_fallback=True,
         split_digits=True,
-        character_coverage=0.97,
+        character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
@@ -69,6 +69,18 @@ def read_texts(path: Path, step: int = 1, max_chars: int = 20_000) -> Iterator[s
             if index % step == 0:
                 text = json.loads(line)["text"]
                 yield text[:max_chars] if max_chars else text
+
+
+@pytest.fixture(scope="session")
+def sampled_texts(data_dir: Path) -> dict[str, list[str]]:
+    """Return some texts of every source."""
+    return real_texts(data_dir, whole=False)
+
+
+@pytest.fixture(scope="session")
+def whole_texts(data_dir: Path) -> dict[str, list[str]]:
+    """Return all texts of every source."""
+    return real_texts(data_dir, whole=True)
 
 
 def real_texts(data_dir: Path, whole: bool) -> dict[str, list[str]]:
