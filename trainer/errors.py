@@ -47,3 +47,13 @@ class RanksDisagreeError(KuroshioError):
     """Ranks started with different configs, run folders or code."""
 
     exit_code = 71  # EX_OSERR
+
+
+class StopRequestedError(KuroshioError):
+    """Not a failure: a signal stopped the run after a clean save; the same command goes on."""
+
+    exit_code = EXIT_RESUME
+
+    def __init__(self, step: int, signal_name: str) -> None:
+        cause = signal_name or "a signal on another rank"
+        super().__init__(f"stopped by {cause} after step {step}, saved; the same command resumes")

@@ -1,0 +1,336 @@
+"""Checkpoints by parameter name: safetensors and JSON, committed by a rename.
+
+``checkpoints/step_00000040/`` holds ``manifest.json`` (state, sizes, SHA-256 of every file) and one
+``rank_00000.safetensors`` per rank with that rank's fragments: ``name|master@offset`` and so on, 1-D
+fp32. Frozen weights are not written. Nothing depends on ZeRO stage, offload or world size.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trainer.engine import collectives
+from trainer.engine.engine import Engine
+from trainer.engine.fragments import get_adam_step, set_adam_step
+from trainer.errors import CheckpointError, StorageError
+
+LOG = logging.getLogger(__name__)
+FORMAT = 1
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint on every rank and commit it.
+
+    Args:
+        engine: the trained engine.
+        folder: the run's ``checkpoints`` folder.
+        step: optimizer steps done.
+        state: what else resumes (JSON-able, equal on all ranks).
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        StorageError: disk full or quota reached; nothing committed before is touched.
+    """
+    aside, final = folder / f".step_{step:08d}.tmp", folder / f"step_{step:08d}"
+    state = {"adam_step": get_adam_step(engine.optimizer), "scaler": engine.scaler_state(), **state}
+    _together(lambda: _start(aside) if engine.rank == 0 else None, folder, aside)
+    _together(lambda: _write_rank(engine, aside), folder, aside)
+    if engine.rank == 0:
+        manifest = _describe(engine, aside, step, state)
+        _together(lambda: _commit(aside, final, manifest), folder, aside)
+    else:
+        _together(lambda: None, folder, aside)
+    return final
+
+
+def _together(work: Any, folder: Path, aside: Path) -> None:
+    """Run ``work`` on this rank, then agree: if it failed anywhere, clean up and raise everywhere."""
+    failure = None
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        failure = error
+    if not collectives.any_over_ranks(failure is not None):
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    raise StorageError(_storage_message(folder, failure)) from failure
+
+
+def _storage_message(folder: Path, failure: Exception | None) -> str:
+    if failure is None:
+        return f"checkpoint in {folder} was not saved: another rank could not write its part"
+    where = folder
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = "disk full or quota reached" if full else f"{type(failure).__name__}: {failure}"
+    return (
+        f"checkpoint in {folder} was not saved: {cause} ({free / 1e6:.1f} MB free). Earlier "
+        "checkpoints are intact; free space or lower loop.keep_last, then start the same command"
+    )
+
+
+def _start(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _write_rank(engine: Engine, aside: Path) -> None:
+    """Write this rank's fragments and, beside them, their size, hash and shapes."""
+    tensors: dict[str, torch.Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for fragment in engine.fragments():
+        shapes[fragment.name] = list(fragment.shape)
+        for kind, view in fragment.tensors().items():
+            # NVMe buffers are reused for the next sub-group, and safetensors wants own storage.
+            tensors[f"{fragment.name}|{kind}@{fragment.offset}"] = view.detach().to("cpu", copy=True)
+    path = aside / f"rank_{engine.rank:05d}.safetensors"
+    save_file(tensors, path)
+    _fsync(path)
+    facts = {"bytes": path.stat().st_size, "sha256": _sha256(path), "shapes": shapes}
+    write_json(aside / f"rank_{engine.rank:05d}.json", facts)
+
+
+def _describe(engine: Engine, aside: Path, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest, gathered from the ranks' side files."""
+    files, shapes = {}, {}
+    for rank in range(engine.world_size):
+        facts = json.loads((aside / f"rank_{rank:05d}.json").read_text())
+        shapes.update(facts.pop("shapes"))
+        files[f"rank_{rank:05d}.safetensors"] = facts
+    return {
+        "format": FORMAT,
+        "step": step,
+        "world_size": engine.world_size,
+        "zero_stage": engine.config.zero_stage,
+        "precision": engine.precision,
+        "files": files,
+        "parameters": dict(sorted(shapes.items())),
+        "state": state,
+    }
+
+
+def _commit(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Make the checkpoint count: manifest last, then one rename."""
+    write_json(aside / "manifest.json", manifest)
+    for side_file in aside.glob("rank_*.json"):
+        side_file.unlink()
+    _fsync(aside)
+    if final.exists():  # the same step saved again, for instance after a lost manifest
+        shutil.rmtree(final)
+    aside.rename(final)
+    _fsync(final.parent)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint folder and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Return the optimizer steps done."""
+        return int(self.manifest["step"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Return the loop's state."""
+        return self.manifest["state"]
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """Return committed checkpoint folders, newest first."""
+    return sorted(folder.glob("step_*"), reverse=True)
+
+
+def find_newest(folder: Path) -> Checkpoint | None:
+    """Return the newest complete checkpoint, walking back over damaged ones and saying so.
+
+    All ranks share the hashing and agree on the answer.
+
+    Returns:
+        None when the run has never committed one.
+
+    Raises:
+        CheckpointError: checkpoints exist and every one is damaged; never silently from scratch.
+    """
+    steps = list_steps(folder)
+    reasons = []
+    for path in steps:
+        problem = verify(path)
+        if not problem:
+            return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+        reasons.append(f"{path.name}: {problem}")
+        LOG.warning("checkpoint %s is damaged (%s); walking back", path, problem)
+    if reasons:
+        raise CheckpointError(
+            f"no complete checkpoint in {folder}:\n  " + "\n  ".join(reasons) + "\nRestore one, or "
+            "remove the folder to start from the beginning on purpose"
+        )
+    return None
+
+
+def verify(path: Path) -> str:
+    """Return what is wrong with a checkpoint folder, or an empty string; ranks share the work."""
+    problem = _verify_share(path)
+    if collectives.any_over_ranks(bool(problem)):
+        return problem or "another rank found a damaged file"
+    return ""
+
+
+def _verify_share(path: Path) -> str:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = sorted(manifest["files"].items())
+        manifest["state"], manifest["step"], manifest["parameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest unreadable ({type(error).__name__}: {error})"
+    rank, world_size = _rank_and_world()
+    for index, (name, facts) in enumerate(files):
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if index % world_size == rank and _sha256(file) != facts["sha256"]:
+            return f"{name} does not match its SHA-256"
+    return ""
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if not collectives.is_distributed():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class Reader:
+    """Reads parameters of a verified checkpoint by name, whole or in part."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.shapes: dict[str, list[int]] = checkpoint.manifest["parameters"]
+        self._files = [safe_open(checkpoint.path / n, "pt") for n in checkpoint.manifest["files"]]
+        self._pieces: dict[str, list[tuple[int, int, int, str]]] = defaultdict(list)
+        for number, file in enumerate(self._files):
+            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                tensor_name, offset = key.rsplit("@", 1)
+                numel = file.get_slice(key).get_shape()[0]
+                self._pieces[tensor_name].append((int(offset), numel, number, key))
+
+    def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
+        """Return elements [offset, offset + numel) of flattened ``name`` as fp32 [numel]."""
+        out, filled = torch.empty(numel), 0
+        for start, length, number, key in self._pieces[f"{name}|{kind}"]:
+            low, high = max(start, offset), min(start + length, offset + numel)
+            if low < high:
+                piece = self._files[number].get_slice(key)[low - start : high - start]
+                out[low - offset : high - offset] = piece
+                filled += high - low
+        if filled != numel:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name} has {filled} of {numel} elements of {kind}"
+            )
+        return out
+
+    def read_whole(self, name: str, kind: str = "master") -> torch.Tensor:
+        """Return the whole parameter in its own shape, fp32."""
+        shape = self.shapes[name]
+        return self.read(name, kind, 0, torch.Size(shape).numel()).view(shape)
+
+
+def load(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Restore masters, moments, counters and the model's own weights from a checkpoint.
+
+    Raises:
+        CheckpointError: when its parameters are not the engine's trainable ones.
+    """
+    reader = Reader(checkpoint)
+    trainable = engine.trainable()
+    _compare_names(trainable, reader.shapes, checkpoint.path)
+    for fragment in engine.fragments(write=True):
+        if list(fragment.shape) != reader.shapes[fragment.name]:
+            raise CheckpointError(
+                f"{checkpoint.path}: {fragment.name} has shape {reader.shapes[fragment.name]}, "
+                f"the model {list(fragment.shape)}"
+            )
+        for kind, view in fragment.tensors().items():
+            view.copy_(reader.read(fragment.name, kind, fragment.offset, fragment.numel))
+    for name, param in trainable.items():
+        engine.set_low_precision(param, reader.read_whole(name))
+    set_adam_step(engine.optimizer, checkpoint.state["adam_step"])
+    engine.load_scaler_state(checkpoint.state["scaler"])
+
+
+def _compare_names(trainable: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+    missing, extra = sorted(set(trainable) - set(saved)), sorted(set(saved) - set(trainable))
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} does not hold this run's trainable parameters: {len(missing)} missing "
+            f"{missing[:3]}, {len(extra)} not trained here {extra[:3]}; was peft.mode changed?"
+        )
+
+
+def rotate(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+    """Delete old checkpoints on rank 0 after a commit; return what was deleted.
+
+    The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every`` (0 = none).
+    """
+    deleted = []
+    for path in list_steps(folder)[keep_last:]:
+        step = int(path.name.removeprefix("step_"))
+        if not (keep_every and step % keep_every == 0):
+            shutil.rmtree(path)
+            deleted.append(path)
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+    return deleted
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON durably: aside, fsync, rename."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+    _fsync(aside)
+    aside.rename(path)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def iterate_whole(reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every saved parameter by name, one at a time, fp32."""
+    for name in reader.shapes:
+        yield name, reader.read_whole(name)

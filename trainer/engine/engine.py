@@ -1,0 +1,314 @@
+"""The only door to DeepSpeed: one trained model and its optimizer.
+
+The engine undoes DeepSpeed's own averaging over ranks and accumulation steps, so a caller passes
+the summed loss divided by the global number of targets and gets exactly its gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from transformers.integrations import HfDeepSpeedConfig
+
+from trainer.config import EngineConfig, OptimConfig
+from trainer.engine import collectives
+from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments
+from trainer.errors import ConfigError, NumericsError
+
+LOG = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's INFO lines out of the log; its warnings stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def init_distributed(local_rank: int, timeout_s: int) -> torch.device:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Returns:
+        The device of this rank.
+    """
+    quiet_deepspeed()
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # auto_mpi_discovery would import mpi4py and guess addresses.
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def choose_precision(asked: str) -> str:
+    """Return ``fp32``, ``bf16`` or ``fp16``; ``auto`` takes bf16 where it is computed natively."""
+    if asked != "auto":
+        if asked == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                "engine.precision=fp16 is not supported on this device; use fp32, or bf16 where "
+                "the CPU or GPU computes it"
+            )
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def build_ops(engine: EngineConfig, local_rank: int) -> None:
+    """Compile DeepSpeed's C++ ops once per node before the ranks need them.
+
+    Raises:
+        ConfigError: when an op cannot be built, naming the missing system package.
+    """
+    builders = []
+    if engine.offload_optimizer != "none":
+        builders.append(("cpu_adam", "CPUAdamBuilder", "a C++ compiler (apt-get install g++)"))
+    if "nvme" in (engine.offload_optimizer, engine.offload_params):
+        builders.append(("async_io", "AsyncIOBuilder", "libaio (apt-get install libaio-dev)"))
+    if not builders:
+        return
+    scripts = str(Path(sys.executable).parent)  # ninja sits beside an unactivated venv's python
+    if scripts not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
+    failed = ""
+    for turn in (0, 1):
+        for op, builder, needs in builders:
+            if (local_rank == 0) == (turn == 0) and not failed:
+                failed = _load_op(op, builder, needs)
+        collectives.barrier()
+    if collectives.any_over_ranks(bool(failed)):
+        raise ConfigError(failed or "an offload op could not be built on another rank")
+
+
+def _load_op(op: str, builder: str, needs: str) -> str:
+    """Build and load one op; return what is wrong, or an empty string."""
+    try:
+        get_accelerator().create_op_builder(builder).load(verbose=False)
+    except Exception as error:  # DeepSpeed raises bare Exceptions and RuntimeErrors here
+        return f"engine offload needs DeepSpeed's {op} op, which did not build: it needs {needs}. {error}"
+    return ""
+
+
+def partitioned_loading(ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Make transformers create and load models already partitioned (ZeRO-3), else do nothing."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return nullcontext()
+    return _zero3_loading(ds_config)
+
+
+@contextmanager
+def _zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    registration = HfDeepSpeedConfig(ds_config)  # transformers holds it by weak reference
+    try:
+        yield
+    finally:
+        del registration
+
+
+@contextmanager
+def gathered(params: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Hold the full values of ZeRO-3 parameters for reading; a no-op for ordinary ones."""
+    partitioned = [p for p in params if "ds_id" in vars(p)]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+class Engine:
+    """One model trained by DeepSpeed.
+
+    Args:
+        model: module whose forward returns a summed loss; its trainable parameters are those with
+            ``requires_grad``.
+        engine: ZeRO stage, offload.
+        optim: AdamW's hyperparameters.
+        ds_config: from ``make_ds_config``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        prefix: of parameter names, left out in checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        ds_config: dict[str, Any],
+        precision: str,
+        prefix: str = "",
+    ) -> None:
+        self.config = engine
+        self._prefix = prefix
+        self.precision = precision
+        self.grad_accum_steps: int = ds_config["gradient_accumulation_steps"]
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+        optimizer = make_optimizer(model, engine, optim)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+        self.device = self.engine.device
+        self.names = {id(param): name for name, param in self.trainable().items()}
+        self._grad_norm: torch.Tensor | float | None = None
+        self._cpu_adam = engine.offload_optimizer != "none"
+        if engine.compile:
+            self.engine.compile()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Return the module inside."""
+        return self.engine.module
+
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        """Run the model's forward."""
+        return self.engine(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of ``loss`` (already divided by the global target count).
+
+        DeepSpeed averages over ranks; multiplying by their number turns that into the sum.
+        """
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Update the weights on a window's last micro-batch; before that, only count."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        if boundary:
+            for group in basic_optimizer(self.optimizer).param_groups:
+                group["lr"] = lr
+            if self._plain_fp32:
+                self._grad_norm = _global_norm(self.engine.module.parameters())
+            self._reset_cpu_adam()
+        self.engine.step()
+        if boundary and self.precision == "fp16":
+            self._stop_on_collapsed_scale()
+
+    @property
+    def _plain_fp32(self) -> bool:
+        return self.config.zero_stage == 0 and self.precision == "fp32"
+
+    def _reset_cpu_adam(self) -> None:
+        """Make the C++ Adam's bias correction a function of the step alone.
+
+        It multiplies beta**t up from call to call, so a resumed run (which starts from
+        ``pow(beta, t)``) would differ in the last bits. A call on an empty tensor with a far
+        step makes the next real call use ``pow`` as well.
+        """
+        basic: Any = basic_optimizer(self.optimizer)
+        if self._cpu_adam and "ds_opt_adam" in vars(basic):
+            empty = torch.zeros(0)
+            group = basic.param_groups[0]
+            basic.ds_opt_adam.adam_update(
+                basic.opt_id, 2**40, 0.0, *group["betas"], group["eps"], 0.0, True,
+                empty, empty, empty, empty,
+            )  # fmt: skip
+
+    def grad_norm(self) -> float:
+        """Return the gradient norm of the last step, before clipping."""
+        norm = self._grad_norm if self._plain_fp32 else self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def overflowed(self) -> bool:
+        """Return whether the last fp16 step was skipped because a gradient overflowed."""
+        return self.precision == "fp16" and bool(self.optimizer.overflow)
+
+    def loss_scale(self) -> float:
+        """Return the current loss scale (1 without fp16)."""
+        return float(self.optimizer.loss_scale) if self.precision == "fp16" else 1.0
+
+    def _stop_on_collapsed_scale(self) -> None:
+        if self.overflowed() and self.loss_scale() < self.config.min_loss_scale:
+            raise NumericsError(
+                f"fp16 loss scale fell below engine.min_loss_scale={self.config.min_loss_scale}: "
+                "every step overflows, so nothing is learnt any more. Lower optim.lr, raise "
+                "schedule.warmup_steps, check the data of the last steps, or use bf16 hardware"
+            )
+
+    def fragments(self, *, write: bool = False) -> Iterator[Fragment]:
+        """Yield this rank's share of masters and moments (see ``fragments.py``)."""
+        return iterate_fragments(
+            self.optimizer, self.names, self.rank, self.world_size, write=write
+        )
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Return trainable parameters by name."""
+        named = self.engine.module.named_parameters()
+        return {n.removeprefix(self._prefix): p for n, p in named if p.requires_grad}
+
+    @torch.no_grad()
+    def set_low_precision(self, param: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Set the model's own copy of ``param`` from its full fp32 ``value`` (on every rank)."""
+        partitioned = [param] if "ds_id" in vars(param) else []
+        with deepspeed.zero.GatheredParameters(
+            partitioned, modifier_rank=0, enabled=bool(partitioned)
+        ):
+            if not partitioned or self.rank == 0:
+                param.data.copy_(value.view(param.shape))
+
+    def scaler_state(self) -> dict[str, float]:
+        """Return fp16's loss-scale state as numbers (empty otherwise)."""
+        scaler = self._scaler()
+        return {} if scaler is None else {key: vars(scaler)[key] for key in _SCALER_KEYS}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Restore what ``scaler_state`` returned."""
+        scaler = self._scaler()
+        if scaler is not None:
+            for key, value in state.items():
+                setattr(scaler, key, value)
+
+    def _scaler(self) -> Any:
+        if self.precision != "fp16":
+            return None
+        own = vars(self.optimizer)
+        return own["loss_scaler"] if "loss_scaler" in own else own["loss_scale_config"]
+
+
+_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")
+
+
+def make_optimizer(
+    model: torch.nn.Module, engine: EngineConfig, optim: OptimConfig
+) -> torch.optim.Optimizer:
+    """Return AdamW (arXiv:1711.05101) over two groups: decayed matrices, undecayed vectors."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ConfigError("no parameter is trained: check peft.mode and peft.trainable")
+    vectors = [p for p in params if _num_dims(p) < 2]
+    matrices = [p for p in params if _num_dims(p) >= 2]
+    groups = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    groups = [g for g in groups if g["params"]]
+    if engine.offload_optimizer != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds on import of its op only
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _num_dims(param: torch.nn.Parameter) -> int:
+    """Return the dimensions of a parameter, partitioned by ZeRO-3 or not."""
+    return len(param.ds_shape) if "ds_shape" in vars(param) else param.dim()
+
+
+def _global_norm(params: Iterator[torch.nn.Parameter]) -> torch.Tensor:
+    """Return the 2-norm of all gradients (replicated on every rank), on their device."""
+    norms = [torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+

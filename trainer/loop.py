@@ -1,0 +1,133 @@
+"""The only training loop, and what a stage gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from typing import Any
+
+import torch
+
+from trainer.config import LoopConfig
+from trainer.data.collate import Batch
+from trainer.engine import checkpoint
+from trainer.engine.collectives import any_over_ranks, sum_over_ranks, sum_tensor
+from trainer.engine.engine import Engine
+from trainer.errors import StopRequestedError
+from trainer.metrics.bag import MetricBag
+from trainer.metrics.meters import Meters
+from trainer.metrics.sinks import Sinks
+from trainer.numerics import FiniteGuard
+from trainer.signals import StopRequest
+from trainer.stage import Context, Stage
+
+
+class TrainStage(Stage):
+    """A stage that trains one engine. ``setup`` sets ``policy``, ``bag``, ``guard``, ``meters``."""
+
+    policy: Engine
+    bag: MetricBag
+    guard: FiniteGuard
+    meters: Meters
+
+    def run(self, context: Context) -> None:
+        """Train from the newest checkpoint, or the start, to ``loop.max_steps``."""
+        fit(self, context)
+
+    def setup(self, context: Context, sinks_step: int) -> Sinks:
+        """Build model, engine and data; return the sinks, continued after ``sinks_step``."""
+        raise NotImplementedError
+
+    def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
+        """Yield this rank's micro-batches, from the loader state of a checkpoint."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the loss SUMMED over the batch's targets."""
+        raise NotImplementedError
+
+    def num_targets(self, batch: Batch) -> int:
+        """Return what the summed loss is to be divided by."""
+        raise NotImplementedError
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of step ``step`` (from 0)."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Return what resumes besides the engine, as JSON-able data equal on all ranks."""
+        raise NotImplementedError
+
+    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> None:
+        """Measure on held-out data and record it; give up early when a stop is agreed."""
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> int:
+        """Do one optimizer step; return the targets it was averaged over, of all ranks."""
+        window = list(islice(batches, self.policy.grad_accum_steps))
+        count = int(sum_over_ranks([sum(map(self.num_targets, window))])[0])
+        for batch in window:
+            loss = self.loss(batch)
+            self.policy.backward(loss / max(1, count))
+            self.policy.step(self.lr(step))
+            self.bag.add_ratio("loss", loss.detach(), self.num_targets(batch))
+            self.guard.watch(step, batch.sample_ids, loss.detach())
+        self.guard.end_step(self.policy.overflowed())
+        return count
+
+
+def fit(stage: TrainStage, context: Context) -> None:
+    """Resume, step until ``max_steps`` or a stop that all ranks agree on, log, evaluate, save."""
+    loop, folder = context.config.loop, context.run_dir / "checkpoints"
+    with StopRequest().listening() as stop:
+        last = checkpoint.find_newest(folder)
+        step = last.step if last else 0
+        with closing(stage.setup(context, step)) as sinks:
+            if last:
+                checkpoint.load(stage.policy, last)
+                sinks.event(step, "resume", checkpoint=last.path.name)
+            batches = stage.batches(last.state if last else None)
+            if not last:
+                stage.evaluate(sinks, 0, stop)
+            while step < loop.max_steps and not any_over_ranks(stop.requested):
+                num_tokens = stage.train_step(step, batches)
+                step += 1
+                stage.meters.step(num_tokens)
+                if is_due(step, loop.log_every, loop):
+                    log(stage, sinks, step)
+                if is_due(step, loop.eval_every, loop):
+                    stage.evaluate(sinks, step, stop)
+                if is_due(step, loop.save_every, loop):
+                    save(stage, context, sinks, step)
+            if step < loop.max_steps:
+                if not is_due(step, loop.save_every, loop):
+                    save(stage, context, sinks, step)
+                raise StopRequestedError(step, stop.signal_name)
+
+
+def is_due(step: int, every: int, loop: LoopConfig) -> bool:
+    """Return whether something done each ``every`` steps (0: at the end only) is due at ``step``."""
+    return step == loop.max_steps or bool(every and step % every == 0)
+
+
+def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
+    """Bring the figures of the last steps to the host once, and record them."""
+    policy = stage.policy
+    metrics = stage.bag.drain(sum_tensor)
+    stage.guard.check(metrics["loss"], policy.grad_norm())
+    metrics |= {"lr": stage.lr(step - 1), "grad_norm": policy.grad_norm()}
+    if policy.precision == "fp16":
+        metrics |= {"loss_scale": policy.loss_scale(), "num_overflows": stage.guard.num_overflows}
+    metrics["tokens"] = stage.state()["tokens"]
+    sinks.train(step, metrics | stage.meters.read(step))
+
+
+def save(stage: TrainStage, context: Context, sinks: Sinks, step: int) -> None:
+    """Commit a checkpoint of finite weights, then delete old ones."""
+    loop, folder = context.config.loop, context.run_dir / "checkpoints"
+    stage.guard.check_weights()
+    with stage.meters.pause():
+        path = checkpoint.save(stage.policy, folder, step, stage.state())
+        if context.rank == 0:
+            checkpoint.rotate(folder, keep_last=loop.keep_last, keep_every=loop.keep_every)
+    sinks.event(step, "save", checkpoint=path.name)

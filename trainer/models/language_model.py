@@ -1,0 +1,36 @@
+"""A causal language model as the engine trains it: forward returns the summed loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.models.head import causal_lm_loss
+
+PREFIX = "decoder."  # of parameter names inside ``LanguageModel``; checkpoints leave it out
+
+
+class LanguageModel(nn.Module):
+    """Wraps a transformers causal language model (or a peft one)."""
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed next-token loss; all inputs [batch, seq]."""
+        return causal_lm_loss(self.decoder, input_ids, position_ids, labels)
+
+    @torch.no_grad()
+    def continue_text(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None) -> Tensor:
+        """Return ``input_ids`` [1, seq] continued greedily by at most ``max_new_tokens``."""
+        return self.decoder.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id or 0,
+        )

@@ -1,0 +1,279 @@
+"""Continued pretraining: next-token loss on packed documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from tokenizer.load import check_pair, load_tokenizer, num_ids
+from trainer.config import RunConfig, grad_accum_steps
+from trainer.data.collate import Batch
+from trainer.data.loader import EvalLoader, TrainLoader
+from trainer.data.prepare import open_store
+from trainer.data.store import TokenStore
+from trainer.engine.collectives import any_over_ranks, sum_over_ranks
+from trainer.engine.ds_config import ModelSize, make_ds_config
+from trainer.engine.engine import DTYPES, Engine, build_ops, choose_precision, partitioned_loading
+from trainer.errors import ConfigError
+from trainer.loop import TrainStage
+from trainer.metrics.bag import MetricBag
+from trainer.metrics.meters import Meters, find_peak
+from trainer.metrics.sinks import Sinks
+from trainer.models.adapters import apply_peft
+from trainer.models.head import install_fused_head, supports_fused_head
+from trainer.models.language_model import PREFIX, LanguageModel
+from trainer.models.load import load_model, make_config, measure, read_architecture
+from trainer.numerics import FiniteGuard
+from trainer.plan.flops import ModelShape, flops_per_token
+from trainer.plan.schedule import lr_factor
+from trainer.signals import StopRequest
+from trainer.stage import Context
+
+
+@dataclass
+class Pretrain(TrainStage):
+    """Hyperparameters of the stage; the rest are the config's groups."""
+
+    name: ClassVar[str] = "pretrain"
+
+    sample_prompts: list[str] = field(default_factory=list)  # continued greedily at evaluations
+    sample_tokens: int = 40  # tokens of each continuation
+
+    def check(self, config: RunConfig) -> list[str]:
+        """Return what contradicts the model: missing tokenizer, rows longer than its positions."""
+        problems = []
+        if tokenizer_path(config) is None:
+            problems.append(
+                "tokenizer.path is null and the model starts from scratch; give a tokenizer folder "
+                "or .model file"
+            )
+        try:
+            positions = read_architecture(config.model).get("max_position_embeddings")
+        except ConfigError as error:
+            return [*problems, str(error)]
+        if positions and config.data.max_length > positions:
+            problems.append(
+                f"data.max_length={config.data.max_length} is longer than the model's "
+                f"max_position_embeddings={positions}; use {positions} or fewer"
+            )
+        return problems
+
+    def setup(self, context: Context, sinks_step: int) -> Sinks:
+        """Open the store, load the model into the engine, open the sinks."""
+        self.config, self.context = context.config, context
+        config = self.config
+        path = tokenizer_path(config)
+        if path is None:
+            raise ConfigError("\n".join(self.check(config)))
+        if config.model.path:
+            check_pair(config.model.path, path)
+        self.tokenizer = load_tokenizer(path)
+        self.store: TokenStore = open_store(config.data, path)
+        self.policy, model_config = self._build_engine(context)
+        self.bag, self.guard = MetricBag(self.policy.device), FiniteGuard()
+        self.meters = self._make_meters(model_config)
+        self._tokens = 0
+        plain = dataclasses.asdict(config)
+        sinks = Sinks(
+            context.run_dir, config.log, config.name, plain, context.rank == 0, sinks_step
+        )
+        sinks.event(sinks_step, "environment", **self._environment())
+        return sinks
+
+    def _build_engine(self, context: Context) -> tuple[Engine, dict[str, Any]]:
+        config = context.config
+        build_ops(config.engine, context.local_rank)
+        precision = choose_precision(config.engine.precision)
+        special = {f"{k}_token_id": getattr(self.tokenizer, f"{k}_token_id") for k in SPECIAL}
+        model_config = make_config(config.model, num_ids(self.tokenizer), special)
+        ds_config = make_ds_config(
+            config.engine,
+            precision=precision,
+            micro_batch_size=config.loop.micro_batch_size,
+            grad_accum_steps=grad_accum_steps(config, context.world_size),
+            grad_clip=config.optim.grad_clip,
+            size=ModelSize(*measure(model_config)),
+            world_size=context.world_size,
+            on_cuda=torch.cuda.is_available(),
+        )
+        seed = config.loop.seed
+        with partitioned_loading(ds_config):
+            model = load_model(config.model, model_config, DTYPES[precision], seed)
+        if supports_fused_head(model):
+            install_fused_head(model, num_ids(self.tokenizer))
+        torch.manual_seed(seed)  # adapters start equal on every rank
+        model = apply_peft(model, config.peft)
+        if config.engine.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()
+        wrapped = LanguageModel(model)
+        engine = Engine(wrapped, config.engine, config.optim, ds_config, precision, PREFIX)
+        return engine, model_config.to_dict()
+
+    def _make_meters(self, model_config: dict[str, Any]) -> Meters:
+        config = self.config
+        shape = ModelShape.from_config(model_config)
+        return Meters(
+            config.loop.max_steps,
+            self.policy.device,
+            flops_per_token(shape, config.data.max_length).total,
+            find_peak(self.policy.device, DTYPES[self.policy.precision]).flops_per_s,
+            self.context.world_size,
+        )
+
+    def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from where ``state`` left off."""
+        loop, data = self.config.loop, self.config.data
+        self._tokens = state["tokens"] if state else 0
+        self.loader = TrainLoader(
+            self.store,
+            data,
+            seed=loop.seed,
+            rows_per_step=loop.global_batch_tokens // data.max_length,
+            micro_batch_size=loop.micro_batch_size,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            start_row=state["loader"]["next_row"] if state else 0,
+        )
+        return iter(self.loader)
+
+    def num_targets(self, batch: Batch) -> int:
+        """Return the tokens the batch predicts."""
+        return batch.num_targets
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the summed next-token loss."""
+        device = self.policy.device
+        return self.policy(
+            input_ids=batch.input_ids.to(device, non_blocking=True),
+            position_ids=batch.position_ids.to(device, non_blocking=True),
+            labels=batch.labels.to(device, non_blocking=True),
+        )
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> int:
+        """Do one optimizer step on its own random numbers; return its targets."""
+        # A function of (seed, rank, step): dropout needs no generator state in a checkpoint.
+        torch.manual_seed(hash((self.config.loop.seed, self.context.rank, step)) % 2**63)
+        count = super().train_step(step, batches)
+        self._tokens += count
+        return count
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of step ``step`` (from 0)."""
+        schedule = self.config.schedule
+        return self.config.optim.lr * lr_factor(
+            schedule.name,
+            step,
+            max_steps=self.config.loop.max_steps,
+            warmup_steps=schedule.warmup_steps,
+            min_lr_ratio=schedule.min_lr_ratio,
+            decay_share=schedule.decay_share,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return tokens trained on and the loader's state."""
+        return {"tokens": self._tokens, "loader": self.loader.state()}
+
+    @torch.no_grad()
+    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> None:
+        """Record loss, perplexity and bits per character of every source's held-out part."""
+        if not self.config.loop.eval_tokens:
+            return
+        with self.meters.pause():
+            self.policy.module.eval()
+            sources = {}
+            for name, source in self.store.sources.items():
+                if len(source.document_ids(held_out=True)):
+                    figures = self._evaluate_source(name, stop)
+                    if figures is None:
+                        break
+                    sources[name] = figures
+            else:
+                sinks.evaluate(step, sources)
+                sinks.event(step, "mixture", epochs=self.loader.epochs())
+                self._write_samples(sinks, step)
+            self.policy.module.train()
+
+    def _evaluate_source(self, name: str, stop: StopRequest) -> dict[str, float] | None:
+        """Return one source's figures, or None when all ranks agreed to stop."""
+        loader = EvalLoader(
+            self.store,
+            self.config.data,
+            name,
+            max_tokens=self.config.loop.eval_tokens,
+            micro_batch_size=self.config.loop.micro_batch_size,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.policy.device)
+        for batch in loader:
+            if any_over_ranks(stop.requested):
+                return None
+            total += self.loss(batch)
+        nll = sum_over_ranks([float(total)])[0]
+        return describe_nll(nll, loader.num_targets, loader.num_chars, loader.num_bytes)
+
+    def _write_samples(self, sinks: Sinks, step: int) -> None:
+        for prompt in self.sample_prompts:
+            ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.policy.device)
+            model: Any = self.policy.module
+            out = model.continue_text(ids, self.sample_tokens, self.tokenizer.eos_token_id)
+            new_ids = out[0, ids.shape[1] :]
+            sinks.sample(step, prompt, self.tokenizer.decode(new_ids, skip_special_tokens=True))
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "python": platform.python_version(),
+            **{f: importlib.metadata.version(f) for f in ("torch", "deepspeed", "transformers")},
+            "device": str(self.policy.device),
+            "device_name": device_name(self.policy.device),
+            "num_ranks": self.context.world_size,
+            "zero_stage": self.config.engine.zero_stage,
+            "precision": self.policy.precision,
+        }
+
+
+SPECIAL = ("bos", "eos", "pad")
+
+
+def tokenizer_path(config: RunConfig) -> str | None:
+    """Return the run's tokenizer: its own, else the model folder's."""
+    return config.tokenizer.path or config.model.path
+
+
+def describe_nll(nll: float, num_tokens: int, num_chars: int, num_bytes: int) -> dict[str, float]:
+    """Return the figures of a summed negative log-likelihood (nats) over whole documents.
+
+    Bits per character and per byte compare models with different vocabularies; loss and
+    perplexity per token do not.
+    """
+    loss, bits = nll / num_tokens, nll / math.log(2)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_character": bits / num_chars,
+        "bits_per_byte": bits / num_bytes,
+        "num_tokens": num_tokens,
+        "num_chars": num_chars,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's or the CPU's model name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
