@@ -45,7 +45,7 @@ def dispatch(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is no verb: {', '.join(VERBS)}{nearest(verb, VERBS)}")
     if verb in ("run", "prepare") and {"-h", "--help"}.intersection(arguments):
-        print(importlib.import_module("launch.help").verb_help(verb), end="")
+        print(importlib.import_module("launch.help").verb_help(verb, arguments), end="")
         return 0
     if verb == "prepare":
         config = importlib.import_module("launch.compose").compose_run(arguments).config

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from launch import ROOT
 from launch.run_folder import CONFIG_FILE, plain
@@ -38,6 +42,22 @@ def rank_facts(config: RunConfig, run_dir: Path, root: Path = ROOT) -> dict[str,
         "run folder": f"{run_dir.resolve()}\n{content}",
         "code": hash_code(root),
     }
+
+
+def join(timeout_s: int) -> None:
+    """Enter the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Before DeepSpeed is imported, which takes seconds. CPU tensors travel over gloo and CUDA tensors
+    over NCCL, so host-side agreements never wait for a device.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def part() -> None:
+    """Leave the process group together: a rank that exits first would take the store with it."""
+    collectives.barrier()
+    dist.destroy_process_group()
 
 
 def refuse_disagreement(facts: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ from trainer.config import RunConfig, nearest
 from trainer.errors import ConfigError
 
 CONF = ROOT / "conf"
+REQUIRED = "\0required "  # what ${required:WHAT} in an option's file becomes unless it is set
 COMPOSITION_ONLY = ("data_root",)  # keys that other values refer to; no part of a run's config
 
 
@@ -86,6 +87,7 @@ def _hydra(conf: Path) -> Iterator[None]:
     # The schema comes first in run.yaml's defaults, so that every field of every section can be
     # set although an option's file lists only the values it is about.
     ConfigStore.instance().store("schema", _schema(), package="_global_")
+    OmegaConf.register_new_resolver("required", lambda what: REQUIRED + what, replace=True)
     with initialize_config_dir(str(conf), job_name="kuroshio", version_base="1.3"):
         yield
 
@@ -210,11 +212,15 @@ def _nearest_keys(key: str, known: Iterable[str]) -> str:
 def _resolve(composed: DictConfig) -> dict[str, Any]:
     """Return the composed config as plain data with every interpolation replaced by its value."""
     try:
-        missing = sorted(OmegaConf.missing_keys(composed))
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {error.msg}") from error
-    if missing:
-        raise ConfigError("\n".join(f"{key} has no value; give {key}=VALUE" for key in missing))
     assert isinstance(values, dict)
+    missing = [
+        f"{key} has no value; give {key}={value.removeprefix(REQUIRED)}"
+        for key, value in flatten(values)
+        if isinstance(value, str) and value.startswith(REQUIRED)
+    ]
+    if missing:
+        raise ConfigError("\n".join(missing))
     return {str(key): value for key, value in values.items() if key not in COMPOSITION_ONLY}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -23,16 +24,25 @@ Takes the overrides of the run that will read the data; under mpiexec, all ranks
 """,
 }
 _KEY = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value> [^#]*?)? *(#(?P<comment>.*))?$")
-KEY_WIDTH, VALUE_WIDTH = 34, 16
+KEY_WIDTH, VALUE_WIDTH = 42, 14
 
 
-def verb_help(verb: str, conf: Path = CONF) -> str:
-    """Return usage, groups with their options, and keys with defaults and comments."""
-    lines = [FLAGS[verb], "groups (GROUP=OPTION; * = default)"]
-    for group, default in default_options(conf).items():
-        lines += ["", f"  {group}"] + _option_lines(conf, group, default)
-    lines += ["", "keys (KEY=VALUE) and their defaults"]
-    for prefix, path in _key_files(conf):
+def verb_help(verb: str, arguments: Sequence[str] = (), conf: Path = CONF) -> str:
+    """Return usage, groups with their options, and keys with values and comments.
+
+    Args:
+        verb: ``run`` or ``prepare``.
+        arguments: words beside ``--help``; a ``GROUP=OPTION`` among them is taken as chosen, so
+            that ``kuroshio run stage=vocab --help`` lists that stage's keys.
+        conf: folder of the config groups.
+    """
+    defaults = default_options(conf)
+    chosen = {**defaults, **_choices(arguments, conf)}
+    lines = [FLAGS[verb], "groups (GROUP=OPTION; * = chosen)"]
+    for group, option in chosen.items():
+        lines += ["", f"  {group}", *_option_lines(conf, group, option)]
+    lines += ["", "keys (KEY=VALUE) of what is chosen"]
+    for prefix, path in _key_files(conf, chosen, defaults):
         lines += ["", *_key_lines(path, prefix)]
     return "\n".join(lines) + "\n"
 
@@ -49,6 +59,11 @@ def describe(path: Path) -> str:
     return next((c for c in comments if c and not c.startswith("@package")), "")
 
 
+def _choices(arguments: Sequence[str], conf: Path) -> dict[str, str]:
+    pairs = (word.partition("=")[::2] for word in arguments)
+    return {group: option for group, option in pairs if (conf / group / f"{option}.yaml").is_file()}
+
+
 def _option_lines(conf: Path, group: str, default: str | None) -> list[str]:
     return [
         f"    {'*' if path.stem == default else ' '} {path.stem:<16} {describe(path)}"
@@ -56,14 +71,20 @@ def _option_lines(conf: Path, group: str, default: str | None) -> list[str]:
     ]
 
 
-def _key_files(conf: Path) -> list[tuple[str, Path]]:
-    """Return the files whose keys are listed: run.yaml and every group's default option."""
+def _key_files(
+    conf: Path, chosen: Mapping[str, str | None], defaults: Mapping[str, str | None]
+) -> list[tuple[str, Path]]:
+    """Return the files whose keys are listed, each with the section they stand in.
+
+    A group's default option explains all of the group's keys; another one lists only what it sets.
+    """
     files = [("", conf / "run.yaml")]
-    for group, option in default_options(conf).items():
-        if option is not None:
-            path = conf / group / f"{option}.yaml"
-            whole = "@package _global_" in path.read_text(encoding="utf-8")
-            files.append(("" if whole else f"{group}.", path))
+    for group, option in chosen.items():
+        for name in dict.fromkeys((option if group == "stage" else defaults[group], option)):
+            path = conf / group / f"{name}.yaml"
+            if path.is_file():
+                whole = "@package _global_" in path.read_text(encoding="utf-8")
+                files.append(("" if whole else f"{group}.", path))
     return files
 
 

@@ -42,6 +42,9 @@ class Rendezvous:
         """
         environ["RANK"], environ["WORLD_SIZE"] = str(self.rank), str(self.world_size)
         environ["LOCAL_RANK"] = str(device_index(self.local_rank, environ))
+        # With LOCAL_SIZE, DeepSpeed on CPU reduces through /dev/shm buffers named by address and
+        # port; it never removes them, and a later run at the same port finds their old state.
+        environ.pop("LOCAL_SIZE", None)
         environ["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
         environ["MASTER_ADDR"], environ["MASTER_PORT"] = self.master_addr, str(self.master_port)
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import local, rendezvous, run_folder
+from launch import local, rendezvous, run_folder, validation
 from launch.rendezvous import Rendezvous
 from launch.secrets import flatten, refuse_secrets
+from launch.validation import Run
 from trainer.config import RunConfig, grad_accum_steps, load_config
 from trainer.errors import EXIT_RESUME, ConfigError
+from trainer.stage import Context
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,44 +26,68 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     values = _read_values(options)
     if options.dry_run:
-        from launch import summary, validation
+        from launch import summary
 
         summary.show(validation.build_run(values))
         return 0
     local.follow_parent(os.environ)
     found = rendezvous.detect(os.environ)
-    config = load_config(values)
-    if found.launcher == "plain" and config.cluster.gpus_per_node > 1:
-        _refuse_many_nodes(config)
-        command = [sys.executable, "-m", "launch", "run", "--config", "-"]
-        return local.run_ranks(command, config.cluster.gpus_per_node, json.dumps(values))
+    if found.launcher == "plain" and _num_ranks(values) > 1:
+        return _start_ranks(values)
     return run_rank(values, found)
 
 
 def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
     """Run a stage as the rank ``found``; return the exit code."""
-    from launch.validation import build_run
-    from trainer.stage import Context
-
     _leave_on_signals()
     found.export(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))
-    run = build_run(values)
+    run = validation.build_run(values)
     rendezvous.check_world(found, run.config.cluster)
-    run_dir = Path(run.config.run_dir)
-    if run.stage.single_process:
-        if found.rank == 0:
-            _claim(run_dir, run.config, found)
-            run.stage.run(Context(run.config, run_dir))
-        return 0
-    grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
-    if found.rank == 0:
-        _claim(run_dir, run.config, found)
-    _join(run.config, run_dir, found)
-    run.stage.run(
-        Context(run.config, run_dir, found.rank, found.world_size, int(os.environ["LOCAL_RANK"]))
-    )
+    if not run.stage.single_process:
+        grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
+        _run_together(run, found)
+    elif found.rank == 0:  # a job of several ranks may hold such a stage: the others leave
+        _claim(run.config, found)
+        run.stage.run(Context(run.config, Path(run.config.run_dir)))
     return 0
+
+
+def _run_together(run: Run, found: Rendezvous) -> None:
+    """Run a stage with the other ranks, if all of them are about to do the same."""
+    from launch import agreement
+
+    config, run_dir = run.config, Path(run.config.run_dir)
+    if found.rank == 0:
+        _claim(config, found)
+    agreement.join(config.cluster.timeout_s)
+    if found.world_size > 1:
+        agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
+    local_rank = rendezvous.device_index(found.local_rank, os.environ)
+    run.stage.run(Context(config, run_dir, found.rank, found.world_size, local_rank))
+    agreement.part()
+
+
+def _num_ranks(values: dict[str, Any]) -> int:
+    """Return how many ranks the still unchecked ``values`` ask for on this machine."""
+    asked = values.get("cluster", {}).get("gpus_per_node")
+    return asked if isinstance(asked, int) else 1
+
+
+def _start_ranks(values: dict[str, Any]) -> int:
+    """Start the ranks of this machine; they check the stage, whose import takes seconds."""
+    try:
+        config = load_config(values)
+    except ConfigError:
+        validation.build_run(values)  # names the stage's problems as well
+        raise
+    if config.cluster.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes={config.cluster.nodes}, but this process was started alone; start one "
+            "task per GPU with srun, or torchrun or mpiexec on every node"
+        )
+    command = [sys.executable, "-m", "launch", "run", "--config", "-"]
+    return local.run_ranks(command, config.cluster.gpus_per_node, json.dumps(values))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -101,14 +127,6 @@ def _read_values(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _refuse_many_nodes(config: RunConfig) -> None:
-    if config.cluster.nodes > 1:
-        raise ConfigError(
-            f"cluster.nodes={config.cluster.nodes}, but this process was started alone; start one "
-            "task per GPU with srun, or torchrun or mpiexec on every node"
-        )
-
-
 def _leave_on_signals() -> None:
     """Let a signal end this rank as "resume me" until the training loop takes signals over."""
 
@@ -119,16 +137,7 @@ def _leave_on_signals() -> None:
         signal.signal(number, leave)
 
 
-def _claim(run_dir: Path, config: RunConfig, found: Rendezvous) -> None:
+def _claim(config: RunConfig, found: Rendezvous) -> None:
+    run_dir = Path(config.run_dir)
     changes = run_folder.claim(run_dir, config)
     run_folder.record_life(run_dir, found.launcher, found.world_size, changes)
-
-
-def _join(config: RunConfig, run_dir: Path, found: Rendezvous) -> None:
-    """Meet the other ranks, and go on only if all are about to do the same."""
-    from launch import agreement
-    from trainer.engine.engine import init_distributed
-
-    init_distributed(int(os.environ["LOCAL_RANK"]), config.cluster.timeout_s)
-    if found.world_size > 1:
-        agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
