@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 # U+2027 (“ ” … —), which English text uses as well.
 SCRIPT_PATTERNS = {
     "han": r"\p{Han}",
-    "cjk_punctuation": r"[\u3000-\u3003\u3008-\u3020\u3030\u303D-\u303F\uFE30-\uFE4F\uFE50-\uFE6B"
+    "cjk_punctuation": r"[\u3000-\u303F\uFE30-\uFE4F\uFE50-\uFE6B"
     r"\uFF01-\uFF0F\uFF1A-\uFF20\uFF3B-\uFF40\uFF5B-\uFF65]",
     "bopomofo": r"\p{Bopomofo}",
     "kana": r"[\p{Hiragana}\p{Katakana}ー]",
