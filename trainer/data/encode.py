@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 PAIR_TABLE_BITS = 22  # a colliding pair only means one cut less
 PAIR_FACTOR = np.uint32(0x9E3779B1)  # 2**32 / golden ratio: Knuth, TAOCP vol. 3, section 6.4
-MAX_CACHED_PIECES = 1 << 19  # about 100 MB of a process
-MAX_CACHED_CHARS = 24  # longer pieces hardly ever recur
+MAX_POOL_IDS = 1 << 21  # some 100 MB of a process with their pieces
+NUM_CODE_POINTS = 0x110000
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,17 @@ class Encoder:
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
-        self.backend = Tokenizer.from_str(spec.backend_json)
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        self._backend = Tokenizer.from_str(spec.backend_json)
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.dtype = token_dtype(spec.num_ids)
         self._start = self._pack([spec.bos_token_id])
         self._end = self._pack([spec.eos_token_id])
-        self._spec: dict[str, Any] = json.loads(self.backend.to_str())
-        self._cutter = PieceCutter(self._spec) if is_cuttable(self._spec) else None
-        added = [re.escape(token["content"]) for token in self._spec["added_tokens"]]
+        backend = json.loads(spec.backend_json)
+        self._cutter = PieceCutter(backend) if is_cuttable(backend) else None
+        self._pool = PiecePool(self._backend, self.dtype)
+        added = [re.escape(token["content"]) for token in backend["added_tokens"]]
         self._added_token = re.compile("|".join(added)) if added else None
-        self._cache = _PieceCache(self)
 
     def _pack(self, ids: Sequence[int | None]) -> bytes:
         return np.array([i for i in ids if i is not None], self.dtype).tobytes()
@@ -77,64 +79,126 @@ class Encoder:
         """Return, for each text, its ids as little-endian ``self.dtype`` values."""
         if self._cutter is None:
             return self._encode_directly(texts)
+        # An added token written out in a text cuts it before it is normalised: rare, and slower.
         direct = [i for i, text in enumerate(texts) if self._holds_added_token(text)]
         encoded = dict(zip(direct, self._encode_directly([texts[i] for i in direct]), strict=True))
-        lookup = self._cache.__getitem__
-        for i, text in enumerate(texts):
-            if i not in encoded:
-                ids = b"".join(map(lookup, self._cutter.cut(text)))
-                encoded[i] = self._start + ids + self._end
+        others = [i for i in range(len(texts)) if i not in encoded]
+        encoded.update(zip(others, self._encode_cut([texts[i] for i in others]), strict=True))
         return [encoded[i] for i in range(len(texts))]
 
     def _holds_added_token(self, text: str) -> bool:
         return self._added_token is not None and self._added_token.search(text) is not None
 
     def _encode_directly(self, texts: list[str]) -> list[bytes]:
-        batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self._start + self._pack(encoding.ids) + self._end for encoding in batch]
 
-    def encode_piece(self, piece: str) -> bytes:
-        """Return the ids of a normalised piece of text, without start and end tokens."""
-        return self._pack([token.id for token in self.backend.model.tokenize(piece)])
-
-
-class _PieceCache(dict[str, bytes]):
-    """Ids of pieces seen before; emptied when full, since texts change their words slowly."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-
-    def __missing__(self, piece: str) -> bytes:
-        ids = self._encoder.encode_piece(piece)
-        if len(piece) <= MAX_CACHED_CHARS:
-            if len(self) >= MAX_CACHED_PIECES:
-                self.clear()
-            self[piece] = ids
-        return ids
+    def _encode_cut(self, texts: list[str]) -> list[bytes]:
+        """Encode all texts as one, cut between them and wherever no merge can cross."""
+        if self._cutter is None or not texts:
+            return []
+        normal = [self._cutter.normalise(text) for text in texts]
+        text_ends = np.cumsum([len(text) for text in normal])
+        joined = "".join(normal)
+        ids, ends = self._pool.encode(joined, self._cutter.cuts(joined, text_ends), text_ends)
+        bounds = [0, *ends.tolist()]
+        return [
+            self._start + ids[begin:end].tobytes() + self._end for begin, end in pairwise(bounds)
+        ]
 
 
 class PieceCutter:
-    """Normalise a text and cut it where no merge can cross."""
+    """Normalise a text and find where no merge can cross."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        parts = _normaliser_parts(spec["normalizer"])
+    def __init__(self, backend: dict[str, Any]) -> None:
+        parts = _normaliser_parts(backend["normalizer"])
         if parts is None:
-            raise ValueError(f"normaliser {spec['normalizer']} cannot be cut; see is_cuttable")
+            raise ValueError(f"normaliser {backend['normalizer']} cannot be cut; see is_cuttable")
         self._prefix, self._replace = parts
-        vocab = [piece for piece in spec["model"]["vocab"] if len(piece) > 1]
-        joined = np.frombuffer("\n".join(vocab).encode("utf-32-le"), np.uint32)
+        vocab = [piece for piece in backend["model"]["vocab"] if len(piece) > 1]
         # Pairs across the separator are marked too: two cuts less, next to newlines, are no harm.
         self._inside_a_piece = np.zeros(1 << PAIR_TABLE_BITS, bool)
-        self._inside_a_piece[_pair_keys(joined)] = True
+        self._inside_a_piece[_pair_keys(code_points("\n".join(vocab)))] = True
 
-    def cut(self, text: str) -> list[str]:
-        """Return the pieces of the normalised text, in order."""
+    def normalise(self, text: str) -> str:
+        """Return the text as the tokenizer's model sees it."""
         for old, new in self._replace:
             text = text.replace(old, new)
-        text = self._prefix + text
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        cuts = (np.flatnonzero(~self._inside_a_piece[_pair_keys(codes)]) + 1).tolist()
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return self._prefix + text
+
+    def cuts(self, text: str, text_ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the ends of the pieces of ``text``, those of its parts among them. -> [pieces]"""
+        is_end = np.ones(len(text), bool)
+        is_end[:-1] = ~self._inside_a_piece[_pair_keys(code_points(text))]
+        is_end[text_ends - 1] = True
+        return np.flatnonzero(is_end) + 1
+
+
+class PiecePool:
+    """Ids of the pieces seen so far, in flat arrays that a whole batch is gathered from.
+
+    Emptied when full: texts change their words slowly.
+    """
+
+    def __init__(self, backend: Tokenizer, dtype: np.dtype[Any]) -> None:
+        self._model, self._dtype = backend.model, dtype
+        self._clear()
+
+    def _clear(self) -> None:
+        self._index: dict[str, int] = {}
+        self._ids: array[int] = array("I")
+        self._starts: array[int] = array("q", [0])
+        self._of_character = np.full(NUM_CODE_POINTS, -1, np.int32)
+
+    def encode(
+        self, text: str, ends: NDArray[np.int64], text_ends: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Encode ``text``, cut at ``ends``.
+
+        Returns:
+            ids of the whole text, and for each of ``text_ends`` the number of ids before it.
+        """
+        if len(self._ids) > MAX_POOL_IDS:
+            self._clear()
+        pieces = self._look_up(text, ends)
+        all_ids = np.frombuffer(self._ids, np.uint32)
+        all_starts = np.frombuffer(self._starts, np.int64)
+        starts, lengths = all_starts[pieces], all_starts[pieces + 1] - all_starts[pieces]
+        id_ends = np.cumsum(lengths)
+        # Position in the pool of each id: its piece's start, plus its place within the piece.
+        places = np.repeat(starts - id_ends + lengths, lengths) + np.arange(id_ends[-1])
+        return all_ids[places].astype(self._dtype), id_ends[np.searchsorted(ends, text_ends)]
+
+    def _look_up(self, text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the index of each piece in the pool, adding those that are new. -> [pieces]"""
+        begins = np.concatenate([[0], ends[:-1]])
+        single = ends - begins == 1
+        codes = code_points(text)[begins[single]]
+        for code in np.unique(codes[self._of_character[codes] < 0]).tolist():
+            self._of_character[code] = self._add(chr(code))
+        found = np.empty(len(ends), np.int64)
+        found[single] = self._of_character[codes]
+        spans = zip(begins[~single].tolist(), ends[~single].tolist(), strict=True)
+        words = [text[begin:end] for begin, end in spans]
+        try:
+            indices = list(map(self._index.__getitem__, words))
+        except KeyError:
+            for word in words:
+                if word not in self._index:
+                    self._index[word] = self._add(word)
+            indices = list(map(self._index.__getitem__, words))
+        found[~single] = indices
+        return found
+
+    def _add(self, piece: str) -> int:
+        self._ids.extend(token.id for token in self._model.tokenize(piece))
+        self._starts.append(len(self._ids))
+        return len(self._starts) - 2
+
+
+def code_points(text: str) -> NDArray[np.uint32]:
+    """Return the characters of ``text`` as numbers. -> [characters]"""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def _pair_keys(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 STORE_FORMAT = "kuroshio-store-1"
 # One entry a document: tokens with start and end token, Unicode characters, UTF-8 bytes, and the
 # first 8 bytes of BLAKE2b over the text, which decide whether the document is held out.
-DOCUMENT_ARRAYS = {
+DOCUMENT_ARRAYS: dict[str, np.dtype[Any]] = {
     "num_tokens": np.dtype("<u4"),
     "num_chars": np.dtype("<u4"),
     "num_bytes": np.dtype("<u4"),
