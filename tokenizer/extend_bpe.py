@@ -119,22 +119,31 @@ class _Grower:
 
     def add(self, text: str, revive: bool) -> str | None:
         """Make ``text`` reachable; return the reason when it is left out."""
-        prefix, *rest = self.segment(spell_bytes(text))
-        steps = []
-        for part in rest:
-            steps.append((prefix, part))
-            prefix += part
-        between = [left + right for left, right in steps[:-1]]
+        spelling, steps = spell_bytes(text), []
+        # After each new merge the piece is split again: the merge may apply in several places.
+        while len(parts := self.segment(spelling)) > 1:
+            steps.append((parts[0], parts[1]))
+            self.ranks[steps[-1]] = len(self.ranks)
+        made = [left + right for left, right in steps]
+        reason = self._objection(text, made, revive)
+        if reason:
+            for pair in steps:
+                del self.ranks[pair]
+            return reason
+        self.new_merges += steps
+        for token in made:
+            if token not in self.known:
+                self.known.add(token)
+                self.new_tokens.append(token)
+        return None
+
+    def _objection(self, text: str, made: list[str], revive: bool) -> str | None:
+        """Return why a piece that needs these tokens must be left out, if it must."""
+        between = [token for token in made if token != spell_bytes(text)]
         if len(text) > 1 and not revive and any(token not in self.known for token in between):
             return "dead"
         if not all(_only_in_scripts(read_spelling(token), self.scripts) for token in between):
             return "bytes shared with other scripts"
-        for left, right in steps:
-            self.ranks[left, right] = len(self.ranks)
-            self.new_merges.append((left, right))
-            if left + right not in self.known:
-                self.known.add(left + right)
-                self.new_tokens.append(left + right)
         return None
 
     def segment(self, spelling: str) -> list[str]:

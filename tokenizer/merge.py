@@ -144,14 +144,13 @@ class _Ranks:
             self.scores[text] = float(int(self.floor) - len(self.new))
 
     def revive(self, text: str) -> None:
-        """Add, left to right, the pieces through which ``text`` is reached.
+        """Add the pieces through which ``text`` is reached, from its left end.
 
-        They come after every earlier merge, so what was reachable stays so.
+        They come after every earlier merge, so what was reachable stays so. After each one the
+        text is split again, because the new piece may occur in it more than once.
         """
-        prefix, *rest = segment(text, self.scores)
-        for part in rest:
-            prefix += part
-            self.append(prefix)
+        while len(parts := segment(text, self.scores)) > 1:
+            self.append(parts[0] + parts[1])
 
 
 def _parse_both(base: bytes, pieces: bytes) -> tuple[Any, Any]:

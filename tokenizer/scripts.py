@@ -16,7 +16,7 @@ SCRIPT_PATTERNS = {
     "cjk_punctuation": r"[\u3000-\u303F\uFE30-\uFE4F\uFE50-\uFE6B"
     r"\uFF01-\uFF0F\uFF1A-\uFF20\uFF3B-\uFF40\uFF5B-\uFF65]",
     "bopomofo": r"\p{Bopomofo}",
-    "kana": r"[\p{Hiragana}\p{Katakana}ー]",
+    "kana": r"[\p{Hiragana}\p{Katakana}ー\uFF70\uFF9E\uFF9F]",
     "hangul": r"\p{Hangul}",
     "fullwidth": r"[\uFF10-\uFF19\uFF21-\uFF3A\uFF41-\uFF5A\uFFE0-\uFFEE]",
     "latin": r"\p{Latin}",

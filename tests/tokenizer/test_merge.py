@@ -135,6 +135,13 @@ def test_dead_piece_is_dropped_or_revived_through_an_intermediate(small_base: by
     assert dead(revived.model_bytes, revived.added) == []
 
 
+def test_intermediate_that_occurs_twice_still_reaches_the_whole(small_base: bytes) -> None:
+    donor = donor_of("甲", "乙", "丙", "甲乙甲乙丙")
+    revived = merge_clean(small_base, donor, dead_pieces="revive")
+    assert dead(revived.model_bytes, revived.added) == []
+    assert revived.intermediates == ["甲乙", "甲乙甲乙"]
+
+
 def test_piece_with_an_unknown_character_is_dead_for_the_fast_encoder(small_base: bytes) -> None:
     donor = donor_of("甲", "甲辰")  # 辰 is no piece: SentencePiece would merge it, tokenizers not
     assert merge_clean(small_base, donor).dropped["dead"] == ["甲辰"]
