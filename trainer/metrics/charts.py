@@ -11,7 +11,14 @@ from typing import Literal
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 # Written by matplotlib and then replaced: no palette can suit a light and a dark page at once.
 INK, GRID = "#010203", "#010204"
@@ -39,14 +46,14 @@ class Curve:
 def smooth(values: Sequence[float]) -> list[float]:
     """Return the mean over a centred window of about a thirtieth of the values.
 
-    Centred, because an average of the past lags behind a falling loss; narrower near the ends.
+    Centred, because an average of the past lags behind a falling loss.
     """
     sums = list(accumulate(values, initial=0.0))
-    reach, end = len(values) // 60, len(values) - 1
+    reach = len(values) // 60
     result = []
     for index in range(len(values)):
-        side = min(reach, index, end - index)
-        result.append((sums[index + side + 1] - sums[index - side]) / (2 * side + 1))
+        low, high = max(0, index - reach), min(len(values), index + reach + 1)
+        result.append((sums[high] - sums[low]) / (high - low))
     return result
 
 
@@ -87,7 +94,7 @@ def draw_chart(name: str, curves: Sequence[Curve], axis: Axis = "plain") -> str:
         axes.spines["bottom"].set_color(GRID)
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _format_axis(axes, axis)
         axes.margins(x=0.02, y=0.1)
@@ -114,7 +121,8 @@ def _format_axis(axes: matplotlib.axes.Axes, axis: Axis) -> None:
     """Set scale and labels of the vertical axis."""
     if axis == "log":
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     formatters = {"count": EngFormatter(sep=""), "percent": PercentFormatter(1.0)}

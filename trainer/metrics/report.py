@@ -234,7 +234,9 @@ def show_number(value: Any) -> str:
 
 def show_setting(value: Any) -> str:
     """Return a figure without trailing zeros, a path or word as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else show_number(value)
+    if not isinstance(value, float):
+        return show_number(value)
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def show_time(seconds: float) -> str:

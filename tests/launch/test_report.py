@@ -1,0 +1,179 @@
+"""`kuroshio report`: the page of a run has what the run recorded, and nothing from outside."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.report import main
+from trainer.errors import ConfigError, StorageError
+from trainer.metrics.journal import encode_line
+from trainer.metrics.report import load_run, render_report, show_number, write_report
+
+CONFIG = {
+    "name": "黑潮-tiny",
+    "loop": {"max_steps": 40},
+    "optim": {"lr": 0.00031},
+    "hub_token": "do-not-show",
+}
+
+
+def journal_lines() -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [
+        {"split": "event", "step": 0, "time": 1e9, "event": "environment", "torch": "2.13.0",
+         "host": "node-7", "ranks": 2},
+        {"split": "event", "step": 0, "time": 1e9, "event": "mixture",
+         "sources": {"法律": {"tokens": 123456, "epochs": 1.37},
+                     "english": {"tokens": 7, "epochs": 0.25}}},
+    ]  # fmt: skip
+    for step in range(1, 31):
+        lines.append(
+            {"split": "train", "step": step, "time": 1e9 + step, "loss": 5 - step / 10, "lr": 3e-4,
+             "grad_norm": "inf" if step == 4 else 0.75, "tokens": step * 1000,
+             "tokens_per_s": 8123.0, "memory_gib": 1.625, "mfu": 0.4321}
+        )  # fmt: skip
+    for step, figure in ((0, 6.1234), (10, 4.4321), (30, 2.3456)):
+        figures = {
+            "loss": figure / 2,
+            "perplexity": figure * 3,
+            "bits_per_character": figure,
+            "bits_per_byte": figure / 3,
+            "num_tokens": 54321,
+            "num_chars": 98765,
+        }
+        sources = {"法律": figures, "english <b>": {**figures, "bits_per_character": 2.5}}
+        lines.append({"split": "eval", "step": step, "time": 1e9 + step, "sources": sources})
+    lines += [
+        {"split": "event", "step": 20, "time": 1e9 + 20, "event": "save",
+         "path": "checkpoints/step-20"},
+        {"split": "event", "step": 20, "time": 1e9 + 50, "event": "resume", "ranks": 4},
+        {"split": "sample", "step": 30, "time": 1e9 + 60, "prompt": "臺灣的",
+         "text": "東部<script>alert(1)</script>"},
+    ]  # fmt: skip
+    return lines
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG, allow_unicode=True), "utf-8")
+    (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_line, journal_lines())))
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects the visible text, references and unbalanced tags of a page."""
+
+    VOID = ("meta", "link", "img", "br", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.references, self.open = "", list[str](), list[str]()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += f" {data.strip()}"
+
+
+def test_page_has_every_figure(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(run_dir)])
+    path = Path(capsys.readouterr().out.strip())
+    assert path == run_dir / "report.html"
+    html = path.read_text("utf-8")
+    page = Page(html)
+    assert page.open == []
+    for record in journal_lines():
+        for figures in record.get("sources", {}).values():
+            for value in figures.values():
+                assert show_number(value) in page.text or f"{value:g}" in page.text, value
+    for part in ("黑潮-tiny", "30 / 40", "not finished", "2.0000", "30.0k", "8.1k", "1.62 GiB",
+                 "43.2%", "1 not finite", "6.1234 → 2.3456", "-61.7 %", "+0.0 %", "epochs", "1.37",
+                 "2.13.0", "node-7", "checkpoints/step-20", "resume", "臺灣的",
+                 "0.00031"):  # fmt: skip
+        assert part in re.sub(r"\s+", " ", page.text), part
+    for title in ("Training loss", "Learning rate", "Gradient norm", "Throughput", "Peak memory",
+                  "Bits per character", "Perplexity", "utilisation"):  # fmt: skip
+        assert title in page.text
+    assert html.count("<svg") == 8
+
+
+def test_page_is_self_contained_and_escaped(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text("utf-8")
+    assert "<script" not in html and "english <b>" not in html
+    assert "english &lt;b&gt;" in html and "&lt;script&gt;" in html
+    references = Page(html).references
+    assert references and all(reference.startswith("#") for reference in references)
+    assert not re.search(r"url\((?!#)|@import|<link|<img", html)
+
+
+def test_secrets_do_not_reach_the_page(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text("utf-8")
+    assert "do-not-show" not in html and "[redacted]" in html
+
+
+def test_running_without_evaluation_and_with_a_torn_line(run_dir: Path) -> None:
+    lines = [encode_line(line) for line in journal_lines() if line["split"] == "train"]
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"split": "train", "ste')
+    html = render_report(load_run(run_dir))
+    assert "Before and after" not in html and "Training loss" in html and html.count("<svg") == 6
+
+
+def test_run_that_has_not_stepped_yet(run_dir: Path) -> None:
+    (run_dir / "metrics.jsonl").unlink()
+    assert "No step is recorded yet." in render_report(load_run(run_dir))
+
+
+def test_journal_alone_is_enough(run_dir: Path) -> None:
+    (run_dir / "config.yaml").unlink()
+    page = Page(render_report(load_run(run_dir)))
+    assert "Frozen" not in page.text and "run" in page.text and "Training loss" in page.text
+
+
+def test_a_repeated_evaluation_counts_once(run_dir: Path) -> None:
+    again = {
+        "split": "eval",
+        "step": 30,
+        "time": 2e9,
+        "sources": {"法律": {"bits_per_character": 1.0}},
+    }
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(encode_line(again))
+    run = load_run(run_dir)
+    assert [record["step"] for record in run.evals] == [0, 10, 30]
+    assert run.evals[-1]["sources"] == again["sources"]
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not the folder of a run.*metrics\.jsonl; give"):
+        main([str(tmp_path)])
+
+
+def test_out_is_written_and_its_failure_told(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(run_dir), "--out", str(tmp_path / "pages" / "one.html")])
+    assert (tmp_path / "pages" / "one.html").exists() and not (run_dir / "report.html").exists()
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="give another file with --out"):
+        write_report(run_dir, tmp_path / "file" / "one.html")
+
+
+def test_help_needs_no_heavy_import(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "RUN" in capsys.readouterr().out

@@ -1,0 +1,49 @@
+"""Curves: smoothing, thinning, and SVG that a page can colour."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from trainer.metrics.charts import MAX_POINTS, Axis, Curve, draw_chart, smooth, thin
+
+
+def test_smoothing_does_not_lag() -> None:
+    falling = [float(1000 - step) for step in range(1000)]
+    assert smooth(falling)[300:700] == pytest.approx(falling[300:700])
+    noisy = [(-1.0) ** step for step in range(600)]
+    assert max(map(abs, smooth(noisy))) <= 0.1
+    assert smooth([1.0, 5.0]) == [1.0, 5.0] and smooth([]) == []
+
+
+def test_thinning_keeps_spikes_and_ends() -> None:
+    values = [0.0] * 50_000
+    values[33_333], values[41_000] = 9.0, -9.0
+    steps, kept = thin(range(50_000), values)
+    assert len(steps) <= MAX_POINTS + 2 and steps == sorted(steps)
+    assert (33_333, 9.0) in zip(steps, kept, strict=True) and -9.0 in kept
+    assert steps[0] == 0 and steps[-1] == 49_999
+    assert thin([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
+
+
+@pytest.mark.parametrize("axis", ["plain", "count", "percent", "log"])
+def test_svg_is_well_formed_and_takes_the_pages_colours(axis: Axis) -> None:
+    curves = [Curve([0, 10, 20], [3e-4, 2e-4, 1e-4], marked=True, colour=i) for i in range(10)]
+    svg = draw_chart("lr", curves, axis)
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    assert "var(--curve-0)" in svg and "var(--curve-7)" in svg and "#0102" not in svg
+    assert "stroke-dasharray" in svg  # more curves than colours
+
+
+def test_ticks_read_as_people_write_them() -> None:
+    assert ">2e-4<" in draw_chart("lr", [Curve([0, 1], [0.0, 4e-4])]).replace(" ", "")
+    assert "10k" in draw_chart("rate", [Curve([0, 1], [0, 20_000])], "count")
+    assert ">40.0%<" in draw_chart("mfu", [Curve([0, 1], [0.2, 0.6])], "percent")
+
+
+def test_ids_of_two_charts_do_not_clash() -> None:
+    curve = [Curve([0, 1], [0.0, 1.0])]
+    first, second = (draw_chart(name, curve) for name in ("loss", "lr"))
+    clips = [set(svg.split('clipPath id="')[1].split('"')[:1]) for svg in (first, second)]
+    assert clips[0] != clips[1]
+    assert first == draw_chart("loss", curve)  # and it is the same page again
