@@ -41,6 +41,7 @@ class SourceStore:
 
     Attributes:
         name: the source's name in the configuration.
+        folder: where the arrays are.
         tokens: ``[num_tokens]`` ids of all documents, one after the other.
         offsets: ``[num_documents + 1]`` where each document starts in ``tokens``.
         num_chars: ``[num_documents]``.
@@ -51,6 +52,7 @@ class SourceStore:
     """
 
     name: str
+    folder: Path
     tokens: NDArray[Any]
     offsets: NDArray[np.int64]
     num_chars: NDArray[np.uint32]
@@ -72,6 +74,7 @@ class SourceStore:
         np.cumsum(mapped["num_tokens"], out=offsets[1:])
         return cls(
             name=name,
+            folder=folder,
             tokens=mapped["tokens"],
             offsets=offsets,
             num_chars=mapped["num_chars"],

@@ -21,6 +21,7 @@ from trainer.data.shards import Task, run_task
 from trainer.errors import DataError
 
 POLL_SECONDS = 0.2
+BYTES_PER_PROCESS = 1 << 22  # on disk; a process costs as long to start as these take to prepare
 LOG_EVERY_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Meter:
 
 
 def run_tasks(tasks: Sequence[Task], spec: EncoderSpec, num_processes: int) -> None:
-    """Run every task, in this process or in ``num_processes`` new ones.
+    """Run every task, in this process or in up to ``num_processes`` new ones.
 
     Raises:
         DataError: from a task, or because a process was killed.
@@ -77,11 +78,13 @@ def run_tasks(tasks: Sequence[Task], spec: EncoderSpec, num_processes: int) -> N
     """
     if not tasks:
         return
+    total = sum(task.file.num_bytes // task.num_parts for task in tasks)
+    num_processes = min(num_processes, len(tasks), -(-total // BYTES_PER_PROCESS))
     with Meter(len(tasks)) as meter:
-        if num_processes == 1:
+        if num_processes <= 1:
             _run_here(tasks, spec, meter)
         else:
-            _run_in_pool(tasks, spec, min(num_processes, len(tasks)), meter)
+            _run_in_pool(tasks, spec, num_processes, meter)
 
 
 def _run_here(tasks: Sequence[Task], spec: EncoderSpec, meter: Meter) -> None:

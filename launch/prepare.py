@@ -1,0 +1,79 @@
+"""``kuroshio prepare``: tokenise a run's sources before it starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from launch.rendezvous import mpi_barrier, mpi_place
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, KuroshioError
+
+
+def main(config: RunConfig) -> None:
+    """Prepare the sources of ``config`` together with the other MPI ranks, if there are any.
+
+    Rank 0 prints a table of the sources.
+
+    Raises:
+        ConfigError: no source, or no tokenizer.
+        DataError: unreadable input or too many bad rows.
+        StorageError: the store cannot be written.
+    """
+    from rich.console import Console
+
+    from trainer.data.prepare import prepare
+    from trainer.data.summary import summarise
+
+    rank, world_size = mpi_place(os.environ)
+    tokenizer = tokenizer_path(config)
+    try:
+        store = prepare(
+            config.data,
+            tokenizer,
+            rank=rank,
+            world_size=world_size,
+            barrier=lambda: mpi_barrier(os.environ),
+        )
+    except KuroshioError as error:
+        if world_size == 1:
+            raise
+        # The other ranks wait for this one. mpiexec ends them when a process leaves without
+        # MPI_Finalize, which a normal exit would call, and wait in.
+        print(f"kuroshio: rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+    if rank == 0:
+        Console(highlight=False).print(summarise(store, config.data))
+
+
+def ensure_prepared(config: RunConfig) -> None:
+    """Prepare what a run on this machine still lacks, before its ranks start.
+
+    Raises:
+        ConfigError: no source, or no tokenizer.
+        DataError: unreadable input or too many bad rows.
+        StorageError: the store cannot be written.
+    """
+    from trainer.data import prepare
+
+    prepare.ensure_prepared(config.data, tokenizer_path(config))
+
+
+def tokenizer_path(config: RunConfig) -> str:
+    """Return the tokenizer of a run: its own, else the model folder's.
+
+    Raises:
+        ConfigError: neither is given, or there is nothing to tokenise.
+    """
+    if not config.data.sources:
+        raise ConfigError(
+            "data.sources is empty; choose a data option (data=samples) or add a source: "
+            "+data.sources.NAME.paths=[FILE]"
+        )
+    path = config.tokenizer.path or config.model.path
+    if path is None:
+        raise ConfigError(
+            "tokenizer.path and model.path are null, so there is no tokenizer to prepare data "
+            "with; give tokenizer=file tokenizer.path=PATH"
+        )
+    return path
