@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launch import ROOT
+from launch.rendezvous import LostRankError
 from launch.run_folder import CONFIG_FILE, plain
 from trainer.config import RunConfig
 from trainer.engine import collectives
@@ -54,6 +57,22 @@ def join(timeout_s: int) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
+@contextmanager
+def among_ranks(rank: int) -> Iterator[None]:
+    """Turn the backend's error about a rank that is gone into one line.
+
+    Raises:
+        LostRankError: when a collective inside the block failed because another rank ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        reason = str(error).splitlines()[0].partition(" This is typically")[0]
+        raise LostRankError(f"rank {rank} lost contact with another rank: {reason}") from error
+
+
 def part() -> None:
     """Leave the process group together: a rank that exits first would take the store with it."""
     collectives.barrier()
@@ -68,8 +87,7 @@ def refuse_disagreement(facts: dict[str, str]) -> None:
     """
     differing = {name: collectives.all_ranks_equal(value) for name, value in facts.items()}
     lines = [
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} differ from rank 0 in "
-        f"{name}"
+        f"rank {', '.join(map(str, ranks))} differs from rank 0 in {name}"
         for name, ranks in differing.items()
         if ranks
     ]

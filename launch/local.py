@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import IO
 
-from launch.rendezvous import PARENT_KEY, Rendezvous, free_port
+from launch.rendezvous import PARENT_KEY, LostRankError, Rendezvous, free_port
 from trainer.errors import EXIT_RESUME
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 5.0  # between asking and killing the other ranks once one has died; they cannot save
 LINGER_S = 60.0  # between the first rank that left for a signal and the end of a hanging one
+SETTLE_S = 0.5  # between the first failure seen and the choice of the rank to name
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -132,12 +133,8 @@ def _wait(ranks: Sequence[subprocess.Popen[str]]) -> int:
     first_left: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [r for r, code in enumerate(codes) if code not in (None, 0, EXIT_RESUME)]
-        if failed:
-            code = codes[failed[0]] or 0
-            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code}"
-            print(f"kuroshio: rank {failed[0]} {cause}; ending the others", file=sys.stderr)
-            return 128 - code if code < 0 else code
+        if any(code not in (None, 0, EXIT_RESUME) for code in codes):
+            return _blame(ranks)
         if None not in codes:
             return max(code or 0 for code in codes)
         if EXIT_RESUME in codes:
@@ -147,6 +144,21 @@ def _wait(ranks: Sequence[subprocess.Popen[str]]) -> int:
                 print(f"kuroshio: ranks {late} hang after the others left", file=sys.stderr)
                 return EXIT_RESUME
         time.sleep(POLL_S)
+
+
+def _blame(ranks: Sequence[subprocess.Popen[str]]) -> int:
+    """Say which rank failed and return its exit code.
+
+    A rank whose peer is gone may end before that peer has: one with a reason of its own is named.
+    """
+    time.sleep(SETTLE_S)
+    codes = {rank: process.poll() or 0 for rank, process in enumerate(ranks)}
+    failed = [rank for rank, code in codes.items() if code not in (0, EXIT_RESUME)]
+    rank = min(failed, key=lambda rank: codes[rank] == LostRankError.exit_code)
+    code = codes[rank]
+    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code}"
+    print(f"kuroshio: rank {rank} {cause}; ending the others", file=sys.stderr)
+    return 128 - code if code < 0 else code
 
 
 def _end(ranks: Sequence[subprocess.Popen[str]]) -> None:

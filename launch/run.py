@@ -60,12 +60,13 @@ def _run_together(run: Run, found: Rendezvous) -> None:
     config, run_dir = run.config, Path(run.config.run_dir)
     if found.rank == 0:
         _claim(config, found)
-    agreement.join(config.cluster.timeout_s)
-    if found.world_size > 1:
-        agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
     local_rank = rendezvous.device_index(found.local_rank, os.environ)
-    run.stage.run(Context(config, run_dir, found.rank, found.world_size, local_rank))
-    agreement.part()
+    with agreement.among_ranks(found.rank):
+        agreement.join(config.cluster.timeout_s)
+        if found.world_size > 1:
+            agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
+        run.stage.run(Context(config, run_dir, found.rank, found.world_size, local_rank))
+        agreement.part()
 
 
 def _num_ranks(values: dict[str, Any]) -> int:

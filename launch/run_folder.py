@@ -50,8 +50,9 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
     path = run_dir / CONFIG_FILE
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = _write_aside(path, freeze(config))
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
         try:
+            _write_durably(temporary, freeze(config))
             os.link(temporary, path)  # fails if another life, or another job just now, was first
             return {}
         except FileExistsError:
@@ -61,6 +62,7 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
             return changes
         finally:
             temporary.unlink(missing_ok=True)
+            _sync_folder(run_dir)
 
 
 def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
@@ -144,14 +146,20 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _write_aside(path: Path, text: str) -> Path:
-    """Write ``text`` durably to a temporary file beside ``path``."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

