@@ -43,7 +43,10 @@ def main(config: RunConfig) -> None:
         print(f"kuroshio: rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
     if rank == 0:
-        Console(highlight=False).print(summarise(store, config.data))
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120  # a log file has no width
+        console.print(summarise(store, config.data))
 
 
 def ensure_prepared(config: RunConfig) -> None:

@@ -21,6 +21,7 @@ USERS = {
     "model=llama2_7b": ["model.path=folder"],
     "model=folder": ["model.path=folder"],
     "tokenizer=file": ["tokenizer.path=file.model"],
+    "data=files": ["data.sources.text.paths=[file.txt]"],
     "engine=zero3_nvme": ["engine.nvme_path=/local"],
     "peft=freeze": ["peft.trainable=norm"],
 }

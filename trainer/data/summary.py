@@ -10,16 +10,16 @@ from trainer.data.merge import REJECTED
 from trainer.data.store import SourceStore, TokenStore
 
 COLUMNS = (
-    *("source", "documents", "characters", "tokens", "tokens/char"),
-    *("held out", "too short", "rejected", "rows read"),
+    *("source", "docs", "chars", "tokens", "tokens/char"),
+    *("held out", "short", "rejected", "rows"),
 )
 
 
 def summarise(store: TokenStore, data: DataConfig) -> RenderableType:
     """Return a table with one line a source, and remarks on what was left out."""
-    table = Table(title=f"token store {data.store_dir}")
+    table = Table(box=None, padding=(0, 1, 0, 0), caption=f"token store {data.store_dir}")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "source" else "right")
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     remarks = []
     for name, source in store.sources.items():
         table.add_row(name, *_cells(source))
