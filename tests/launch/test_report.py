@@ -50,7 +50,7 @@ def journal_lines() -> list[dict[str, Any]]:
          "path": "checkpoints/step-20"},
         {"split": "event", "step": 20, "time": 1e9 + 50, "event": "resume", "ranks": 4},
         {"split": "sample", "step": 30, "time": 1e9 + 60, "prompt": "臺灣的",
-         "text": "東部<script>alert(1)</script>"},
+         "text": "東部<script>alert(1)</script>\x04"},
     ]  # fmt: skip
     return lines
 
@@ -61,6 +61,8 @@ def run_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG, allow_unicode=True), "utf-8")
     (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_line, journal_lines())))
+    lives = [{"started": "2026-01-02T03:04:05", "host": host, "job": None} for host in ("a1", "b2")]
+    (folder / "lives.jsonl").write_bytes(b"".join(map(encode_line, lives)))
     return folder
 
 
@@ -101,7 +103,7 @@ def test_page_has_every_figure(run_dir: Path, capsys: pytest.CaptureFixture[str]
     for part in ("黑潮-tiny", "30 / 40", "not finished", "2.0000", "30.0k", "8.1k", "1.62 GiB",
                  "43.2%", "1 not finite", "6.1234 → 2.3456", "-61.7 %", "+0.0 %", "epochs", "1.37",
                  "2.13.0", "node-7", "checkpoints/step-20", "resume", "臺灣的",
-                 "0.00031"):  # fmt: skip
+                 "0.00031", "Lives 2", "2026-01-02T03:04:05 b2 –"):  # fmt: skip
         assert part in re.sub(r"\s+", " ", page.text), part
     for title in ("Training loss", "Learning rate", "Gradient norm", "Throughput", "Peak memory",
                   "Bits per character", "Perplexity", "utilisation"):  # fmt: skip
@@ -113,6 +115,7 @@ def test_page_is_self_contained_and_escaped(run_dir: Path) -> None:
     html = write_report(run_dir).read_text("utf-8")
     assert "<script" not in html and "english <b>" not in html
     assert "english &lt;b&gt;" in html and "&lt;script&gt;" in html
+    assert "\x04" not in html and "\u2404" in html
     references = Page(html).references
     assert references and all(reference.startswith("#") for reference in references)
     assert not re.search(r"url\((?!#)|@import|<link|<img", html)
@@ -137,8 +140,13 @@ def test_run_that_has_not_stepped_yet(run_dir: Path) -> None:
 
 def test_journal_alone_is_enough(run_dir: Path) -> None:
     (run_dir / "config.yaml").unlink()
+    (run_dir / "lives.jsonl").unlink()
     page = Page(render_report(load_run(run_dir)))
-    assert "Frozen" not in page.text and "run" in page.text and "Training loss" in page.text
+    assert (
+        "Configuration" not in page.text
+        and "Lives" not in page.text
+        and "Training loss" in page.text
+    )
 
 
 def test_a_repeated_evaluation_counts_once(run_dir: Path) -> None:

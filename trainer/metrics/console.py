@@ -28,6 +28,13 @@ def show_duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def show_field(value: Any) -> str:
+    """Return a field of an event: figures short, nested ones in braces."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} {show_field(item)}" for key, item in value.items()) + "}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def describe_step(metrics: Mapping[str, float]) -> str:
     """Return the figures of a step as one line, those that are present."""
     shows = {

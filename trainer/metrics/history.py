@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from trainer.errors import ConfigError
-from trainer.metrics.journal import JOURNAL_NAME, read_journal
+from trainer.metrics.journal import JOURNAL_NAME, read_journal, read_lines
 from trainer.metrics.redaction import redact
 
 CONFIG_NAME = "config.yaml"
+LIVES_NAME = "lives.jsonl"  # the launcher's: a line for each start
 RECORD_KEYS = ("split", "step", "time", "event")  # book-keeping of every record
 Record = dict[str, Any]
 
@@ -27,6 +28,7 @@ class Run:
     evals: list[Record]
     samples: list[Record]
     events: list[Record]
+    lives: list[Record]
 
     @property
     def max_steps(self) -> int | None:
@@ -71,4 +73,5 @@ def load_run(run_dir: Path) -> Run:
         [evals[step] for step in sorted(evals)],
         splits["sample"],
         splits["event"],
+        list(read_lines(run_dir / LIVES_NAME)),
     )

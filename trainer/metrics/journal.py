@@ -33,8 +33,8 @@ def encode_line(record: dict[str, Any]) -> bytes:
     return json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a journal that may still be growing; a torn line is left out."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file that may still be growing, if it exists."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -43,8 +43,13 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:  # the writer was killed inside this line, or is writing it now
                 continue
-            if isinstance(record, dict) and "split" in record and "step" in record:
+            if isinstance(record, dict):
                 yield record
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a journal; a torn line is left out."""
+    return (record for record in read_lines(path) if "split" in record and "step" in record)
 
 
 def rewind(path: Path, step: int) -> tuple[int, int]:

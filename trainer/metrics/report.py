@@ -84,7 +84,7 @@ def render_report(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(setting=show_setting)
+    environment.filters.update(setting=show_setting, visible=show_text)
     environment.filters.update(number=show_number, when=show_time, fields=show_fields)
     return environment.get_template(TEMPLATE).render(
         run=run,
@@ -100,7 +100,8 @@ def render_report(run: Run) -> str:
             for record in run.evals
             for name, figures in record["sources"].items()
         ],
-        mixture=tabulate(run.event("mixture").get("sources") or {}),
+        mixture=tabulate(run.event("mixture")),
+        lives=[dict(flatten(life)) for life in run.lives],
         environment=flatten(run.event("environment")),
         config=yaml.safe_dump(run.config, allow_unicode=True, sort_keys=False)
         if run.config
@@ -112,22 +113,21 @@ def summarise(run: Run) -> list[tuple[str, str]]:
     """Return the headline figures as label and value, those that are known."""
     last = run.train[-1] if run.train else {}
     of = f" / {run.max_steps}" if run.max_steps else ""
-    num_resumes = sum(event.get("event") == "resume" for event in run.events)
     shows = (
         ("Loss", "loss", show_number),
         ("Tokens", "tokens", show_count),
         ("Tokens/s", "tokens_per_s", show_count),
         ("Peak memory", "memory_gib", lambda v: f"{v:.2f} GiB"),
-        ("MFU", "mfu", lambda v: f"{v:.1%}"),
-        ("Training time", "train_time_share", lambda v: f"{v:.1%}"),
+        ("MFU", "mfu", show_share),
+        ("Training time", "train_time_share", show_share),
     )
     tiles = [("Step", f"{run.last_step}{of}")]
     tiles += [(label, show(float(last[key]))) for label, key, show in shows if key in last]
     times = [record["time"] for record in (*run.train, *run.evals, *run.events) if "time" in record]
     if times:
         tiles.append(("Wall time", show_duration(max(times) - min(times))))
-    if num_resumes:
-        tiles.append(("Lives", str(num_resumes + 1)))
+    if len(run.lives) > 1:
+        tiles.append(("Lives", str(len(run.lives))))
     return tiles
 
 
@@ -148,7 +148,8 @@ def _draw_train_chart(run: Run, key: str, title: str, axis: Axis, noisy: bool) -
     curves = [Curve(steps, values, faint=noisy)]
     if noisy:
         curves.append(Curve(steps, smooth(values)))
-    low, high, last = map(show_number, (min(values), max(values), values[-1]))
+    show = show_share if axis == "percent" else show_number
+    low, high, last = map(show, (min(values), max(values), values[-1]))
     caption = f"last {last} · lowest {low} · highest {high}"
     if num_lost:
         caption += f" · {num_lost} not finite"
@@ -200,11 +201,12 @@ def compare(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def tabulate(sources: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and rows of nested figures by source."""
-    rows = {k: v if isinstance(v, Mapping) else {"epochs": v} for k, v in sources.items()}
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    return columns, [[name, *(row.get(column) for column in columns)] for name, row in rows.items()]
+def tabulate(columns: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Return the names and the rows, one a source, of columns that map sources to figures."""
+    columns = {name: cells for name, cells in columns.items() if isinstance(cells, Mapping)}
+    sources = dict.fromkeys(source for cells in columns.values() for source in cells)
+    rows = [[source, *(cells.get(source) for cells in columns.values())] for source in sources]
+    return list(columns), rows
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -232,11 +234,25 @@ def show_number(value: Any) -> str:
     return f"{value:,.{num_decimals}f}"
 
 
+def show_share(value: float) -> str:
+    """Return 0.034 as 3.4%."""
+    return f"{value:.1%}"
+
+
 def show_setting(value: Any) -> str:
     """Return a figure without trailing zeros, a path or word as it is."""
     if not isinstance(value, float):
         return show_number(value)
     return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+# A young model writes control characters; Unicode has pictures of them, HTML forbids them.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+
+
+def show_text(text: str) -> str:
+    """Return what a model wrote with its control characters made visible."""
+    return text.translate({**CONTROL_PICTURES, 0x7F: 0x2421})
 
 
 def show_time(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from trainer.config import LogConfig
-from trainer.metrics.console import RunConsole
+from trainer.metrics.console import RunConsole, show_field
 from trainer.metrics.journal import JOURNAL_NAME, Journal, rewind
 from trainer.metrics.redaction import redact
 
@@ -195,9 +195,7 @@ class Sinks:
         """Record that something happened: save, resume, overflow, environment, mixture, …"""
         if self.is_main:
             self._write("event", step, {"event": name, **fields})
-            shown = "  ".join(
-                f"{key}={value}" for key, value in fields.items() if not isinstance(value, dict)
-            )
+            shown = "  ".join(f"{key}={show_field(value)}" for key, value in fields.items())
             self._console.note(f"step {step}  {name}  {shown}".rstrip())
 
     def sample(self, step: int, prompt: str, text: str) -> None:

@@ -50,7 +50,7 @@ def test_every_record_has_its_line(run_dir: Path, capsys: pytest.CaptureFixture[
     sinks = open_sinks(run_dir)
     sinks.train(1, METRICS)
     sinks.evaluate(1, SOURCES)
-    sinks.event(1, "save", path="checkpoints/step-1")
+    sinks.event(1, "save", path="checkpoints/step-1", epochs={"法律": 1.23456, "en": 1})
     sinks.sample(1, "黑潮", "往北流")
     sinks.close()
     lines = records(run_dir)
@@ -62,6 +62,7 @@ def test_every_record_has_its_line(run_dir: Path, capsys: pytest.CaptureFixture[
     assert (lines[3]["prompt"], lines[3]["text"]) == ("黑潮", "往北流")
     shown = capsys.readouterr().err
     assert "step 1/10  loss 3.2500  lr 1.00e-03  grad 0.50  12.3k tok/s" in shown
+    assert "step 1  save  path=checkpoints/step-1  epochs={法律 1.235, en 1}" in shown
     assert "eval 法律" in shown and "bits_per_character 2.5000" in shown
     assert "\x1b" not in shown  # plain lines when this is no terminal
 
