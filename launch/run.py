@@ -13,12 +13,14 @@ from types import FrameType
 from typing import Any
 
 from launch import local, rendezvous, run_folder, validation
+from launch.prepare import ensure_prepared
 from launch.rendezvous import Rendezvous
 from launch.secrets import flatten, refuse_secrets
 from launch.validation import Run
 from trainer.config import RunConfig, grad_accum_steps, load_config
 from trainer.errors import EXIT_RESUME, ConfigError
 from trainer.stage import Context
+from trainer.stages import SINGLE_PROCESS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,9 +45,11 @@ def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
     found.export(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))
     run = validation.build_run(values)
-    rendezvous.check_world(found, run.config.cluster)
     if not run.stage.single_process:
+        rendezvous.check_world(found, run.config.cluster)
         grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
+        if found.launcher == "plain" and run.config.data.sources:
+            ensure_prepared(run.config)
         _run_together(run, found)
     elif found.rank == 0:  # a job of several ranks may hold such a stage: the others leave
         _claim(run.config, found)
@@ -56,6 +60,7 @@ def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
 def _run_together(run: Run, found: Rendezvous) -> None:
     """Run a stage with the other ranks, if all of them are about to do the same."""
     from launch import agreement
+    from trainer.engine.engine import init_distributed
 
     config, run_dir = run.config, Path(run.config.run_dir)
     if found.rank == 0:
@@ -65,12 +70,15 @@ def _run_together(run: Run, found: Rendezvous) -> None:
         agreement.join(config.cluster.timeout_s)
         if found.world_size > 1:
             agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
+        init_distributed(local_rank, config.cluster.timeout_s)
         run.stage.run(Context(config, run_dir, found.rank, found.world_size, local_rank))
         agreement.part()
 
 
 def _num_ranks(values: dict[str, Any]) -> int:
     """Return how many ranks the still unchecked ``values`` ask for on this machine."""
+    if values.get("stage", {}).get("name") in SINGLE_PROCESS:
+        return 1
     asked = values.get("cluster", {}).get("gpus_per_node")
     return asked if isinstance(asked, int) else 1
 
@@ -87,6 +95,9 @@ def _start_ranks(values: dict[str, Any]) -> int:
             f"cluster.nodes={config.cluster.nodes}, but this process was started alone; start one "
             "task per GPU with srun, or torchrun or mpiexec on every node"
         )
+    grad_accum_steps(config, config.cluster.gpus_per_node)
+    if config.data.sources:
+        ensure_prepared(config)  # here, where no rank waits for it behind a collective timeout
     command = [sys.executable, "-m", "launch", "run", "--config", "-"]
     return local.run_ranks(command, config.cluster.gpus_per_node, json.dumps(values))
 

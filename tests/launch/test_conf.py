@@ -12,7 +12,7 @@ import yaml
 from launch.compose import CONF, compose_values, group_options
 from launch.help import default_options, describe
 from trainer.config import RunConfig, load_config
-from trainer.stages import STAGES, stage_class
+from trainer.stages import SINGLE_PROCESS, STAGES, stage_class
 
 OPTIONS = [(group, option) for group, names in group_options().items() for option in names]
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -101,3 +101,4 @@ def test_stage_file_lists_every_field_of_its_class(name: str) -> None:
     fields = {f.name for f in dataclasses.fields(stage_class(name))}  # type: ignore[arg-type]
     assert set(section) == fields | {"name"}
     assert section["name"] == name == stage_class(name).name
+    assert (name in SINGLE_PROCESS) == stage_class(name).single_process

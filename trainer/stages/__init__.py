@@ -15,6 +15,8 @@ STAGES: dict[str, str] = {
     "pretrain": "trainer.stages.pretrain:Pretrain",
     "vocab": "trainer.stages.vocab:Vocab",
 }
+# Stages that use no ranks; known here because importing a stage takes seconds.
+SINGLE_PROCESS = frozenset({"vocab"})
 
 
 def stage_class(name: str) -> type[Stage]:
