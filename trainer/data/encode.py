@@ -67,7 +67,7 @@ class Encoder:
         self._start = self._pack([spec.bos_token_id])
         self._end = self._pack([spec.eos_token_id])
         backend = json.loads(spec.backend_json)
-        self._cutter = PieceCutter(backend) if is_cuttable(backend) else None
+        self._cutter = PieceCutter(backend, self._backend) if is_cuttable(backend) else None
         self._pool = PiecePool(self._backend, self.dtype)
         added = [re.escape(token["content"]) for token in backend["added_tokens"]]
         self._added_token = re.compile("|".join(added)) if added else None
@@ -110,24 +110,27 @@ class Encoder:
 class PieceCutter:
     """Normalise a text and find where no merge can cross."""
 
-    def __init__(self, backend: dict[str, Any]) -> None:
-        parts = _normaliser_parts(backend["normalizer"])
-        if parts is None:
-            raise ValueError(f"normaliser {backend['normalizer']} cannot be cut; see is_cuttable")
-        self._prefix, self._replace = parts
-        vocab = [piece for piece in backend["model"]["vocab"] if len(piece) > 1]
+    def __init__(self, spec: dict[str, Any], backend: Tokenizer) -> None:
+        self._normaliser = backend.normalizer
+        self._parts = _normaliser_parts(spec["normalizer"])
+        vocab = [piece for piece in spec["model"]["vocab"] if len(piece) > 1]
         # Pairs across the separator are marked too: two cuts less, next to newlines, are no harm.
         self._inside_a_piece = np.zeros(1 << PAIR_TABLE_BITS, bool)
         self._inside_a_piece[_pair_keys(code_points("\n".join(vocab)))] = True
 
     def normalise(self, text: str) -> str:
         """Return the text as the tokenizer's model sees it."""
-        for old, new in self._replace:
+        if self._parts is None:
+            return str(self._normaliser.normalize_str(text))
+        prefix, replacements = self._parts
+        for old, new in replacements:
             text = text.replace(old, new)
-        return self._prefix + text
+        return prefix + text
 
     def cuts(self, text: str, text_ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the ends of the pieces of ``text``, those of its parts among them. -> [pieces]"""
+        if not text:
+            return np.empty(0, np.int64)
         is_end = np.ones(len(text), bool)
         is_end[:-1] = ~self._inside_a_piece[_pair_keys(code_points(text))]
         is_end[text_ends - 1] = True
@@ -164,14 +167,16 @@ class PiecePool:
         all_ids = np.frombuffer(self._ids, np.uint32)
         all_starts = np.frombuffer(self._starts, np.int64)
         starts, lengths = all_starts[pieces], all_starts[pieces + 1] - all_starts[pieces]
-        id_ends = np.cumsum(lengths)
+        id_ends = np.concatenate([[0], np.cumsum(lengths)])
         # Position in the pool of each id: its piece's start, plus its place within the piece.
-        places = np.repeat(starts - id_ends + lengths, lengths) + np.arange(id_ends[-1])
-        return all_ids[places].astype(self._dtype), id_ends[np.searchsorted(ends, text_ends)]
+        places = np.repeat(starts - id_ends[:-1], lengths) + np.arange(id_ends[-1])
+        # A text that its normaliser left nothing of ends where the one before it ends.
+        num_pieces = np.searchsorted(ends, text_ends, side="right")
+        return all_ids[places].astype(self._dtype), id_ends[num_pieces]
 
     def _look_up(self, text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the index of each piece in the pool, adding those that are new. -> [pieces]"""
-        begins = np.concatenate([[0], ends[:-1]])
+        begins = np.concatenate([[0], ends])[:-1].astype(np.int64)
         single = ends - begins == 1
         codes = code_points(text)[begins[single]]
         for code in np.unique(codes[self._of_character[codes] < 0]).tolist():
@@ -216,14 +221,12 @@ def is_cuttable(spec: dict[str, Any]) -> bool:
     """Tell whether cutting between merge-free pairs is proven to keep this tokenizer's ids.
 
     Needed: plain BPE in which every unknown character falls back to its bytes (otherwise
-    neighbouring unknowns may fuse), no pre-tokenizer, and a normaliser that treats each character
-    alone.
+    neighbouring unknowns may fuse) and no pre-tokenizer.
     """
     model, vocab = spec["model"], spec["model"].get("vocab", {})
     return (
         model["type"] == "BPE"
         and spec["pre_tokenizer"] is None
-        and _normaliser_parts(spec["normalizer"]) is not None
         and not any(token["normalized"] for token in spec["added_tokens"])
         and bool(model.get("byte_fallback"))
         and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
@@ -234,7 +237,10 @@ def is_cuttable(spec: dict[str, Any]) -> bool:
 
 
 def _normaliser_parts(spec: dict[str, Any] | None) -> tuple[str, list[tuple[str, str]]] | None:
-    """Return prefix and replacements of SentencePiece's identity normaliser, else None."""
+    """Return prefix and replacements of SentencePiece's identity normaliser, else None.
+
+    The two are done here in no time; any other normaliser is asked, which takes longer.
+    """
     parts = [] if spec is None else spec.get("normalizers", [spec])
     prefix, replace = "", []
     for i, part in enumerate(parts):

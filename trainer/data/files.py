@@ -155,7 +155,7 @@ def detect_format(path: Path, wanted: str) -> str:
     if by_name == "txt":
         return "txt"
     if start.lstrip()[:1] in (b"[", b"{"):
-        return _json_kind(start.lstrip())
+        return _json_kind(start.lstrip(), by_name)
     if by_name in ("parquet", "arrow"):
         raise DataError(f"{path} is named .{by_name} but has not that content; restore the file")
     if by_name is None:
@@ -166,10 +166,12 @@ def detect_format(path: Path, wanted: str) -> str:
     return by_name
 
 
-def _json_kind(start: bytes) -> str:
+def _json_kind(start: bytes, by_name: str | None) -> str:
     """Tell JSON Lines from one JSON value spread over the file."""
     if start.startswith(b"["):
         return "json"
+    if by_name == "jsonl":
+        return "jsonl"
     line, newline, _ = start.partition(b"\n")
     if not newline:
         return "jsonl"  # a single line, or one longer than what was looked at
