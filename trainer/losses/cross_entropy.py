@@ -15,7 +15,7 @@ from torch import Tensor
 IGNORE_INDEX = -100  # a target that is no target; torch and transformers use the same value
 
 CHUNK_BYTES = 128 * 2**20  # logits that exist at one time
-CPU_TILE_BYTES = 4 * 2**20  # fp32 rows of the softmax, worked on while they are in the CPU's cache
+CPU_TILE_BYTES = 16 * 2**20  # fp32 softmax rows of one pass: few barriers, yet near the cache
 VOCAB_BLOCK = 4096  # rows of the weight whose gradient is added up at one time
 
 
