@@ -51,10 +51,11 @@ def compose_values(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any
     refuse_secrets(_pairs(overrides))
     with _hydra(conf):
         chosen, settings = _choose(_parse_all(overrides, conf), conf)
-        known = _compose(chosen)
-        _check_keys(settings, known)
-        composed = _compose(list(overrides)) if settings else known
-        values = _resolve(composed)
+        try:
+            values = _resolve(_compose(list(overrides)))
+        except ConfigError:
+            _check_keys(settings, _compose(chosen))  # names the nearest keys, which Hydra does not
+            raise
     refuse_secrets(flatten(values))
     return values
 

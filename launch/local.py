@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -12,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import IO
 
 from launch.rendezvous import PARENT_KEY, LostRankError, Rendezvous, free_port
 from trainer.errors import EXIT_RESUME
@@ -42,6 +42,11 @@ def follow_parent(environ: Mapping[str, str]) -> None:
         sys.exit(128 + signal.SIGTERM)
 
 
+def accept_signals() -> None:
+    """Let this rank receive signals, now that it has handlers for them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+
+
 def run_ranks(command: Sequence[str], num_ranks: int, stdin: str) -> int:
     """Run ``command`` once per rank and wait for all of them.
 
@@ -63,23 +68,31 @@ def run_ranks(command: Sequence[str], num_ranks: int, stdin: str) -> int:
         for rank in range(num_ranks)
     ]
     ranks: list[subprocess.Popen[str]] = []
+    copiers: list[threading.Thread] = []
     with _forwarding(ranks):
         try:
-            for place in places:
-                ranks.append(_start(command, place, stdin))
+            with _blocked_signals():
+                for place in places:
+                    ranks.append(_start(command, place))
+                    if place.rank > 0:
+                        copiers.append(_copy_output(ranks[-1], place.rank))
+            for process in ranks:
+                _feed(process, stdin)
             return _wait(ranks)
         finally:
             _end(ranks)
+            for copier in copiers:
+                copier.join(GRACE_S)  # a rank's last words
 
 
-def _start(command: Sequence[str], place: Rendezvous, stdin: str) -> subprocess.Popen[str]:
-    """Start one rank; rank 0 writes to our terminal, the others behind their number."""
+def _start(command: Sequence[str], place: Rendezvous) -> subprocess.Popen[str]:
+    """Start one rank; rank 0 writes to our terminal, the others into a pipe."""
     environ: MutableMapping[str, str] = dict(os.environ)
     environ.update({PARENT_KEY: str(os.getpid())})
     environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(place.local_world_size)))
     place.export(environ)
     output = None if place.rank == 0 else subprocess.PIPE
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         env=environ,
         stdin=subprocess.PIPE,
@@ -90,22 +103,40 @@ def _start(command: Sequence[str], place: Rendezvous, stdin: str) -> subprocess.
         errors="replace",
         start_new_session=True,  # a terminal's Ctrl-C reaches the ranks through us, once
     )
-    if process.stdout is not None:
-        arguments = (process.stdout, f"[rank {place.rank}] ")
-        threading.Thread(target=_copy_lines, args=arguments, daemon=True).start()
+
+
+def _feed(process: subprocess.Popen[str], text: str) -> None:
     assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # a rank that died is found later
+        process.stdin.write(text)
+
+
+def _copy_output(process: subprocess.Popen[str], rank: int) -> threading.Thread:
+    """Copy a rank's output to our standard error, line by line behind its number."""
+
+    def copy() -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                sys.stderr.write(f"[rank {rank}] {line}")
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Hold signals back while ranks start; these inherit that until ``accept_signals``.
+
+    So a signal reaches all ranks or, if it comes early, none before it can handle it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
-        process.stdin.write(stdin)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass
-    return process
-
-
-def _copy_lines(stream: IO[str], prefix: str) -> None:
-    for line in stream:
-        sys.stderr.write(prefix + line)
-        sys.stderr.flush()
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from trainer.stages import SINGLE_PROCESS
 
 def main(arguments: Sequence[str]) -> int:
     """Compose (or read) a config and run its stage; return the exit code."""
+    _leave_on_signals()
+    local.follow_parent(os.environ)
     options = _parse(arguments)
     values = _read_values(options)
     if options.dry_run:
@@ -32,7 +34,6 @@ def main(arguments: Sequence[str]) -> int:
 
         summary.show(validation.build_run(values))
         return 0
-    local.follow_parent(os.environ)
     found = rendezvous.detect(os.environ)
     if found.launcher == "plain" and _num_ranks(values) > 1:
         return _start_ranks(values)
@@ -41,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
     """Run a stage as the rank ``found``; return the exit code."""
-    _leave_on_signals()
     found.export(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))
     run = validation.build_run(values)
@@ -147,6 +147,7 @@ def _leave_on_signals() -> None:
 
     for number in local.FORWARDED:
         signal.signal(number, leave)
+    local.accept_signals()
 
 
 def _claim(config: RunConfig, found: Rendezvous) -> None:

@@ -44,13 +44,18 @@ class Note(Stage):
 """
 
 
+@pytest.fixture(autouse=True)
+def own_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pytest keep its signal handlers."""
+    monkeypatch.setattr(run, "_leave_on_signals", lambda: None)
+
+
 @pytest.fixture
 def note_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offer a stage called ``note`` that runs in one process."""
     (tmp_path / "note_stage.py").write_text(STAGE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(STAGES, "note", "note_stage:Note")
-    monkeypatch.setattr(run, "_leave_on_signals", lambda: None)  # pytest keeps its own handlers
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
                 "MASTER_PORT", "OMP_NUM_THREADS"):  # fmt: skip
         monkeypatch.setenv(key, "x")  # what a run exports is undone after the test
