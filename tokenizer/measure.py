@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizer.extend_bpe import byte_alphabet, read_spelling
 from tokenizer.load import load_tokenizer, num_ids, sentencepiece_file
 from tokenizer.scripts import run_pattern, script_of
-from tokenizer.spm import SPACE, processor_from
+from tokenizer.spm import SPACE, build_fast_tokenizer, processor_from
 
 BATCH_CHARS = 1 << 20  # characters encoded at once
 NUM_EXAMPLES = 5
@@ -38,6 +38,13 @@ class Encoder:
         """Load both sides of the tokenizer at ``path``."""
         tokenizer, model_file = load_tokenizer(path), sentencepiece_file(path)
         slow = processor_from(model_file.read_bytes()) if model_file else None
+        return cls(tokenizer.backend_tokenizer, slow, num_ids(tokenizer))
+
+    @classmethod
+    def of_model(cls, model_bytes: bytes) -> Encoder:
+        """Return both sides of a SentencePiece model."""
+        tokenizer = build_fast_tokenizer(model_bytes, "the merged model")
+        slow = processor_from(model_bytes)
         return cls(tokenizer.backend_tokenizer, slow, num_ids(tokenizer))
 
     @cached_property

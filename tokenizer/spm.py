@@ -65,6 +65,22 @@ def require_bpe_base(model: Any, origin: str) -> None:
         )
 
 
+def truncate_model(model_bytes: bytes, num_pieces: int, origin: str) -> bytes:
+    """Return the model with its first ``num_pieces`` pieces (the best scored ones come first).
+
+    Raises:
+        DataError: it has fewer.
+    """
+    model = parse_model(model_bytes, origin)
+    if num_pieces > len(model.pieces):
+        raise DataError(
+            f"stage.vocab_size={num_pieces}: {origin} has {len(model.pieces)} pieces; "
+            "use at most that, or null for all of them"
+        )
+    del model.pieces[num_pieces:]
+    return bytes(model.SerializeToString())
+
+
 def processor_from(model_bytes: bytes) -> SentencePieceProcessor:
     """Return SentencePiece's own encoder for the bytes of a model."""
     processor = SentencePieceProcessor()

@@ -6,6 +6,7 @@ import heapq
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from random import Random
 from typing import Literal
 
@@ -19,28 +20,31 @@ MAX_SENTENCE_BYTES = 1 << 20  # SentencePiece silently skips longer ones
 MAX_RUN_CHARS = 200_000
 
 
-def sample_texts(texts: Iterable[str], max_chars: int, seed: int = 0) -> list[str]:
-    """Draw a random sample of whole documents from a stream, holding no more than the sample.
+class TextSample:
+    """A random sample of whole documents from a stream; holds no more than the sample.
 
     Every document gets a random key; those with the smallest keys are kept while their characters
-    fit. The same stream and seed give the same sample, in the order of the stream.
-
-    Args:
-        texts: documents.
-        max_chars: characters to keep at most.
-        seed: of the keys.
-
-    Returns:
-        The kept documents (all, when they fit).
+    fit. The same stream and seed give the same sample.
     """
-    random, total = Random(seed), 0
-    heap: list[tuple[float, int, str]] = []  # largest key first
-    for index, text in enumerate(texts):
-        heapq.heappush(heap, (-random.random(), -index, text))
-        total += len(text)
-        while total > max_chars and heap:
-            total -= len(heapq.heappop(heap)[2])
-    return [text for _, _, text in sorted(heap, key=lambda entry: -entry[1])]
+
+    def __init__(self, max_chars: int, seed: int = 0) -> None:
+        self.max_chars = max_chars
+        self.num_seen = 0
+        self._random = Random(seed)
+        self._num_chars = 0
+        self._heap: list[tuple[float, int, str]] = []  # largest key first
+
+    def add(self, text: str) -> None:
+        """Offer the next document."""
+        heapq.heappush(self._heap, (-self._random.random(), self.num_seen, text))
+        self.num_seen += 1
+        self._num_chars += len(text)
+        while self._num_chars > self.max_chars:
+            self._num_chars -= len(heapq.heappop(self._heap)[2])
+
+    def texts(self) -> list[str]:
+        """Return the kept documents in the order of the stream."""
+        return [text for _, _, text in sorted(self._heap, key=itemgetter(1))]
 
 
 def script_runs(texts: Iterable[str], scripts: Sequence[str]) -> Iterator[str]:
@@ -68,7 +72,7 @@ def train_pieces(
     because the pieces continue a base that has its own.
 
     Args:
-        texts: documents (see ``sample_texts``).
+        texts: documents (see ``TextSample``).
         vocab_size: pieces to train, the three control pieces of SentencePiece included.
         model_type: ``bpe`` (no dead pieces when merged) or ``unigram``.
         scripts: classes of ``tokenizer.scripts``.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 
 from tokenizer.scripts import script_of
 from tokenizer.spm import parse_model
-from tokenizer.train import sample_texts, script_runs, train_pieces
+from tokenizer.train import TextSample, script_runs, train_pieces
 from trainer.errors import DataError
 
 TEXTS = [
@@ -16,6 +17,13 @@ TEXTS = [
     "明天 also 要去公園散步 123，今天不去" * 5,
     "no such script",
 ]
+
+
+def sample_texts(texts: Iterable[str], max_chars: int, seed: int = 0) -> list[str]:
+    sample = TextSample(max_chars, seed)
+    for text in texts:
+        sample.add(text)
+    return sample.texts()
 
 
 def test_sample_is_all_when_it_fits_and_bounded_when_not() -> None:

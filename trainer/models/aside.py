@@ -26,26 +26,36 @@ def written_aside(out_folder: Path) -> Iterator[Path]:
     if out_folder.exists():
         raise ConfigError(f"{out_folder} exists; remove it or choose another run_dir")
     aside = out_folder.with_name(f".{out_folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
+        with naming_full_disk(out_folder):
+            aside.mkdir(parents=True)
+            yield aside
+            for path in aside.iterdir():
+                _fsync(path)
+            aside.rename(out_folder)
+            _fsync(out_folder.parent)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in aside.iterdir():
-            _fsync(path)
-        aside.rename(out_folder)
-        _fsync(out_folder.parent)
+
+
+@contextmanager
+def naming_full_disk(target: Path) -> Iterator[None]:
+    """Turn the system's errors of storage into ours.
+
+    Raises:
+        StorageError: disk full, quota reached, or not writable.
+    """
+    try:
+        yield
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if error.errno in NO_ROOM + NOT_WRITABLE:
-            free = shutil.disk_usage(_existing(out_folder)).free
-            raise StorageError(
-                f"{out_folder} could not be written: {error.strerror} ({free:,} bytes free there); "
-                "free some space or choose a run_dir elsewhere; nothing was left behind"
-            ) from error
-        raise
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        if error.errno not in NO_ROOM + NOT_WRITABLE:
+            raise
+        free = shutil.disk_usage(_existing(target)).free
+        raise StorageError(
+            f"{target} could not be written: {error.strerror} ({free:,} bytes free there); "
+            "free some space or choose a run_dir elsewhere; nothing was left behind"
+        ) from error
 
 
 def _existing(path: Path) -> Path:

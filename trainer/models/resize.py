@@ -9,14 +9,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tokenizer.load import INPUT_MATRIX_SUFFIXES, load_tokenizer, safetensors_header
+from tokenizer.load import (
+    INPUT_MATRIX_SUFFIXES,
+    load_tokenizer,
+    safetensors_header,
+    save_tokenizer,
+    write_pair_manifest,
+)
 from trainer.errors import ConfigError
 from trainer.models.aside import written_aside
 from trainer.models.new_rows import Init, Vocabulary, iterate_new_rows, relate_vocabularies
@@ -71,7 +77,8 @@ def resize_model(
         model_folder: a Hugging Face folder with safetensors, in one file or sharded.
         base_tokenizer: the tokenizer the model was trained with.
         new_tokenizer: its extension; the ids of the base keep their meaning.
-        out_folder: must not exist; it appears when everything is written.
+        out_folder: must not exist; it appears when everything is written, with the new tokenizer
+            and the manifest that ties the two.
         init: of the new rows, see ``new_rows.iterate_new_rows``.
         pad_to_multiple: rows are padded to a multiple of this.
         seed: of ``init=normal``; the output matrix of an untied model draws with ``seed + 1``.
@@ -106,9 +113,12 @@ def resize_model(
             grown += rewrite_shard(*paths, header, set(names), num_rows, new_values, progress)
         _write_json(folder / "config.json", config)
         _write_index(model_folder, folder, grown)
-    return Resize(
-        old_rows, num_rows, vocabulary.num_ids, vocabulary.num_base, init, seed, tied, names
-    )
+        _place_tokenizer(Path(new_tokenizer), folder)
+        result = Resize(
+            old_rows, num_rows, vocabulary.num_ids, vocabulary.num_base, init, seed, tied, names
+        )
+        write_pair_manifest(folder, folder, {"resize": asdict(result)})
+    return result
 
 
 def model_bytes(model_folder: str | Path) -> int:
@@ -189,6 +199,16 @@ def _resized_config(model_folder: Path, old_rows: int, num_rows: int) -> dict[st
         if isinstance(section, dict) and section.get("vocab_size") == old_rows:
             section["vocab_size"] = num_rows
     return config
+
+
+def _place_tokenizer(new_tokenizer: Path, folder: Path) -> None:
+    """Put the new tokenizer into the model folder."""
+    if new_tokenizer.is_file():
+        save_tokenizer(new_tokenizer.read_bytes(), folder)
+        return
+    for path in sorted(new_tokenizer.iterdir()):
+        if path.name in TOKENIZER_FILES or path.suffix == ".jinja":
+            shutil.copyfile(path, folder / path.name)
 
 
 def _copy_other_files(model_folder: Path, folder: Path) -> None:

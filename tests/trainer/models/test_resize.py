@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tokenizer.load import check_pair, load_tokenizer, save_tokenizer, vocab_size
+from tokenizer.load import check_pair, fingerprint, load_tokenizer, save_tokenizer, vocab_size
 from tokenizer.merge import merge_clean
 from tokenizer.train import train_pieces
 from trainer.errors import ConfigError, StorageError
@@ -313,5 +313,13 @@ def test_other_files_come_along_but_not_the_old_tokenizer(
         "README.md",
         "config.json",
         "generation_config.json",
+        "kuroshio.json",
         "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
     ]
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (new / "tokenizer.json").read_bytes()
+    manifest = json.loads((tmp_path / "out/kuroshio.json").read_text())
+    assert manifest["resize"]["real_rows"] == manifest["vocab_size"] == vocab_size(new)
+    assert manifest["tokenizer_fingerprint"] == fingerprint(new)
