@@ -76,7 +76,7 @@ class EngineConfig:
     compile: bool = False
     initial_loss_scale_power: int = 16  # fp16: first loss scale is 2**this
     loss_scale_window: int = 1000  # fp16: steps without overflow before the scale doubles
-    min_loss_scale: float = 1.0  # fp16: stop when the scale would fall below
+    min_loss_scale: int = 1  # fp16: stop when overflows have pushed the scale down to this
 
 
 @dataclass(frozen=True)

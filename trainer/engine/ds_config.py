@@ -64,9 +64,7 @@ def make_ds_config(
             "initial_scale_power": engine.initial_loss_scale_power,
             "loss_scale_window": engine.loss_scale_window,
             "hysteresis": 1,
-            # One halving below ours, so that the engine can stop with a reason before
-            # DeepSpeed raises a bare Exception.
-            "min_loss_scale": engine.min_loss_scale / 4,
+            "min_loss_scale": engine.min_loss_scale,
         }
     if precision != "fp32" and engine.zero_stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}

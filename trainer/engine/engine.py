@@ -230,9 +230,9 @@ class Engine:
         return float(self.optimizer.loss_scale) if self.precision == "fp16" else 1.0
 
     def _stop_on_collapsed_scale(self) -> None:
-        if self.overflowed() and self.loss_scale() < self.config.min_loss_scale:
+        if self.overflowed() and self.loss_scale() <= self.config.min_loss_scale:
             raise NumericsError(
-                f"fp16 loss scale fell below engine.min_loss_scale={self.config.min_loss_scale}: "
+                f"fp16 loss scale fell to engine.min_loss_scale={self.config.min_loss_scale}: "
                 "every step overflows, so nothing is learnt any more. Lower optim.lr, raise "
                 "schedule.warmup_steps, check the data of the last steps, or use bf16 hardware"
             )

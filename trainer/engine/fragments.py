@@ -48,9 +48,9 @@ def iterate_fragments(
     """
     if "fp32_partitioned_groups_flat" in vars(optimizer):
         return _zero3(optimizer, names, write)
-    if _has_hp_mapping(names, optimizer):
+    if {"bit16_groups", "bf16_groups"} & vars(optimizer).keys():
         return _zero12(optimizer, names)
-    return _replicated(optimizer, names, rank, world_size)
+    return _replicated(optimizer, names, *((0, 1) if write else (rank, world_size)))
 
 
 def basic_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -89,10 +89,6 @@ def _ensure_state(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat, dtype=torch.float32)
     return state
-
-
-def _has_hp_mapping(names: dict[int, str], optimizer: Any) -> bool:
-    return "bit16_groups" in vars(optimizer) or "bf16_groups" in vars(optimizer)
 
 
 def _zero12(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
@@ -135,7 +131,8 @@ def _zero3(optimizer: Any, names: dict[int, str], write: bool) -> Iterator[Fragm
 def _replicated(
     optimizer: Any, names: dict[int, str], rank: int, world_size: int
 ) -> Iterator[Fragment]:
-    """ZeRO-0: every rank holds everything; rank r answers for the r-th slice of each parameter.
+    """ZeRO-0: every rank holds everything; rank r answers for the r-th slice of each parameter
+    (when written to, for all of it).
 
     fp32 has no separate masters; fp16 and bf16 keep one fp32 copy per parameter.
     """

@@ -1,0 +1,64 @@
+"""An independent reference: the same training written in a dozen lines of plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tokenizer.load import load_tokenizer, num_ids
+from trainer.config import load_config
+from trainer.data.loader import TrainLoader
+from trainer.data.prepare import open_store
+from trainer.models.load import load_model, make_config
+from trainer.plan.schedule import lr_factor
+
+
+def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the weights, trained in float64, after ``loop.max_steps`` of torch's own AdamW on whole batches."""
+    config = load_config(values)
+    path = str(config.tokenizer.path)
+    tokenizer = load_tokenizer(path)
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    hf_config = make_config(config.model, num_ids(tokenizer), special)
+    model = load_model(config.model, hf_config, torch.float32, config.loop.seed).double().train()
+    assert isinstance(model, AutoModelForCausalLM._model_mapping[type(hf_config)])
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.optim.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        betas=tuple(config.optim.betas), eps=config.optim.eps,
+    )  # fmt: skip
+    rows = config.loop.global_batch_tokens // config.data.max_length
+    loader = iter(
+        TrainLoader(
+            open_store(config.data, path), config.data, seed=config.loop.seed, rows_per_step=rows,
+            micro_batch_size=rows, rank=0, world_size=1,
+        )
+    )  # fmt: skip
+    for step in range(config.loop.max_steps):
+        batch = next(loader)
+        documents = []
+        for number in range(rows):  # each document alone: isolation without any mask
+            starts = (batch.position_ids[number] == 0).nonzero().flatten().tolist()
+            for start, stop in zip(starts, [*starts[1:], batch.input_ids.shape[1]], strict=True):
+                if (batch.labels[number, start:stop] != -100).any():
+                    documents.append(batch.input_ids[number, start:stop])
+        count = sum(len(ids) - 1 for ids in documents)
+        loss = torch.zeros((), dtype=torch.float64)
+        for ids in documents:
+            logits = model(input_ids=ids[None]).logits[0, :-1, : num_ids(tokenizer)]
+            loss = loss + torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * lr_factor(
+                config.schedule.name, step, max_steps=config.loop.max_steps,
+                warmup_steps=config.schedule.warmup_steps,
+                min_lr_ratio=config.schedule.min_lr_ratio,
+            )  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().float() for name, p in model.named_parameters()}

@@ -1,0 +1,89 @@
+"""Run training scenarios one after another as one rank; started by the tests, not collected.
+
+``python scenarios.py FILE``: FILE holds a JSON list of {"config": …, "explode": bool, "kill_at":
+step}. ``explode`` feeds every packed row as padded rows of its pieces; ``kill_at`` ends this very
+process with SIGKILL in the middle of that step on the last rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import load_config
+from trainer.data.collate import Batch, Row, collate
+from trainer.engine.engine import init_distributed
+from trainer.stage import Context
+from trainer.stages.pretrain import Pretrain
+
+
+def explode(batch: Batch) -> Batch:
+    """Return the pieces of packed rows as rows of their own, padded to the longest."""
+    rows = []
+    for number in range(len(batch.input_ids)):
+        starts = (batch.position_ids[number] == 0).nonzero().flatten().tolist()
+        for start, stop in zip(starts, [*starts[1:], batch.input_ids.shape[1]], strict=True):
+            ids = batch.input_ids[number, start:stop].numpy()
+            if (batch.labels[number, start:stop] != -100).any():  # padding has no labels
+                rows.append(Row([ids], int(batch.sample_ids[number]), 0))
+    return collate(rows, length=None, pad_token_id=0, isolate=True)
+
+
+class Scenario(Pretrain):
+    """The stage with the scenario's twist."""
+
+    twist: dict[str, Any] = {}  # noqa: RUF012
+
+    def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
+        for batch in super().batches(state):
+            yield explode(batch) if self.twist.get("explode") else batch
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        last = self.context.rank == self.context.world_size - 1
+        if self._step == self.twist.get("kill_at") and last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._step == self.twist.get("nan_at") and last:
+            return super().loss(batch) * float("nan")
+        return super().loss(batch)
+
+    _step = -1
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> int:
+        self._step = step
+        if step == self.twist.get("signal_at") and self.context.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        count = super().train_step(step, batches)
+        self._step = -1
+        return count
+
+
+def main(path: str) -> None:
+    if "fp16" in Path(path).read_text():  # torch computes it on a CPU; DeepSpeed refuses to try
+        from deepspeed.accelerator import get_accelerator
+
+        type(get_accelerator()).is_fp16_supported = lambda self: True
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    logging.basicConfig(level=logging.WARNING)
+    init_distributed(local_rank, 300)
+    for scenario in json.loads(Path(path).read_text()):
+        config = load_config(scenario["config"])
+        stage = Scenario(
+            **{k: v for k, v in config.stage.items() if k not in ("name",)}
+        )
+        stage.twist = scenario
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stage.run(Context(config, run_dir, rank, world_size, local_rank))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

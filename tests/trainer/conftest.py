@@ -1,0 +1,104 @@
+"""A tokenizer, a prepared store and a tiny model config for training tests."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def english_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a 400-piece BPE tokenizer folder trained on the English samples."""
+    import sentencepiece
+
+    from tokenizer.load import save_tokenizer
+
+    lines = (ROOT / "samples/en.jsonl").read_text(encoding="utf-8").splitlines()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(json.loads(line)["text"] for line in lines),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    folder = tmp_path_factory.mktemp("tokenizer") / "en"
+    save_tokenizer(model.getvalue(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_config(
+    english_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return a complete config of a seconds-long run with uneven documents, its data prepared."""
+    from trainer.config import load_config
+    from trainer.data.prepare import ensure_prepared
+
+    values: dict[str, Any] = {
+        "name": "test",
+        "run_dir": "to be set",
+        "stage": {"name": "pretrain"},
+        "model": {
+            "name": "micro",
+            "architecture": {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "tie_word_embeddings": False,
+            },
+        },
+        "tokenizer": {"path": str(english_tokenizer)},
+        "data": {
+            "sources": {"en": {"paths": [str(ROOT / "samples/en.jsonl")]}},
+            "store_dir": str(tmp_path_factory.mktemp("store")),
+            "max_length": 96,
+            "num_processes": 1,
+            "holdout_share": 0.05,
+        },
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "optim": {"lr": 1e-3},
+        "schedule": {"name": "cosine", "warmup_steps": 2},
+        "peft": {},
+        "loop": {
+            "max_steps": 5,
+            "micro_batch_size": 2,
+            "global_batch_tokens": 96 * 8,
+            "eval_tokens": 0,
+            "keep_last": 9,
+        },
+        "log": {},
+        "cluster": {},
+    }
+    config = load_config(values)
+    ensure_prepared(config.data, str(english_tokenizer))
+    return values
+
+
+@pytest.fixture
+def vary(base_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """Return a function that copies the base config with dotted keys changed."""
+
+    def change(run_dir: Path, **changes: Any) -> dict[str, Any]:
+        values = copy.deepcopy(base_config)
+        values["run_dir"] = str(run_dir)
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            values[section][name] = value
+        return values
+
+    return change

@@ -1,0 +1,185 @@
+"""Kill -9 and resume under every engine; resume on other engines and other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_support import largest_difference, read_losses, read_masters, run_scenarios
+
+from trainer.errors import EXIT_RESUME
+
+Vary = Callable[..., dict[str, Any]]
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "zero0": {"engine__zero_stage": 0},
+    "zero1": {"engine__zero_stage": 1},
+    "zero2": {"engine__zero_stage": 2},
+    "zero3": {"engine__zero_stage": 3},
+}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero2_offload": {"engine__zero_stage": 2, "engine__offload_optimizer": "cpu"},
+    "zero3_offload": {
+        "engine__zero_stage": 3,
+        "engine__offload_optimizer": "cpu",
+        "engine__offload_params": "cpu",
+    },
+}
+NVME: dict[str, Any] = {
+    "engine__zero_stage": 3,
+    "engine__offload_optimizer": "nvme",
+    "engine__offload_params": "nvme",
+}
+
+
+def kill_and_resume(vary: Vary, folder: Path, engines: dict[str, dict[str, Any]]) -> None:
+    """Kill a run of each engine in its fifth step, resume it, and compare with unbroken runs."""
+    killed, unbroken = [], []
+    for name, changes in engines.items():
+        changes = {**changes, "loop__save_every": 3, "loop__max_steps": 6}
+        killed.append({"config": vary(folder / f"{name}_killed", **changes), "kill_at": 4})
+        unbroken.append({"config": vary(folder / f"{name}_unbroken", **changes)})
+    for scenario in killed:
+        done = run_scenarios([scenario], 2, folder)
+        assert done.returncode == -9, done.stdout
+        assert read_losses(Path(scenario["config"]["run_dir"])).keys() == {1, 2, 3, 4}
+    again = [{"config": scenario["config"]} for scenario in killed]
+    done = run_scenarios(unbroken + again, 2, folder)
+    assert done.returncode == 0, done.stdout
+    for name in engines:
+        left, right = folder / f"{name}_unbroken", folder / f"{name}_killed"
+        assert largest_difference(read_masters(left), read_masters(right)) == 0.0, name
+        assert read_losses(left) == read_losses(right), name
+
+
+def compare_losses(folder: Path, names: list[str], tolerance: float) -> None:
+    reference = read_losses(folder / f"{names[0]}_unbroken")
+    for name in names[1:]:
+        losses = read_losses(folder / f"{name}_unbroken")
+        assert losses.keys() == reference.keys()
+        assert max(abs(losses[s] - reference[s]) for s in losses) < tolerance, name
+
+
+def test_killed_run_resumes_bit_exactly(vary: Vary, tmp_path: Path) -> None:
+    kill_and_resume(vary, tmp_path, ENGINES)
+    compare_losses(tmp_path, list(ENGINES), 1e-5)
+
+
+def test_killed_run_resumes_bit_exactly_with_cpu_offload(vary: Vary, tmp_path: Path) -> None:
+    kill_and_resume(vary, tmp_path, {"zero0": ENGINES["zero0"], **OFFLOADED})
+    compare_losses(tmp_path, ["zero0", *OFFLOADED], 1e-5)
+
+
+def test_killed_run_resumes_bit_exactly_with_nvme_offload(vary: Vary, tmp_path: Path) -> None:
+    if not list(Path("/usr/include").rglob("libaio.h")):
+        pytest.skip("NVMe offload needs libaio: apt-get install libaio-dev")
+    nvme = {**NVME, "engine__nvme_path": str(tmp_path / "nvme")}
+    (tmp_path / "nvme").mkdir()
+    kill_and_resume(vary, tmp_path, {"zero0": ENGINES["zero0"], "zero3_nvme": nvme})
+    compare_losses(tmp_path, ["zero0", "zero3_nvme"], 1e-5)
+
+
+def test_resumes_on_other_engines_and_numbers_of_ranks(vary: Vary, tmp_path: Path) -> None:
+    def life(name: str, max_steps: int, **changes: Any) -> dict[str, Any]:
+        # The schedule needs the whole run's length, so a life ends by a signal, not max_steps.
+        config = vary(tmp_path / name, loop__max_steps=6, **changes)
+        return {"config": config} | ({"signal_at": max_steps - 1} if max_steps < 6 else {})
+
+    assert run_scenarios([life("unbroken", 6)], 1, tmp_path).returncode == 0
+    stopped = run_scenarios([life("lives", 2, engine__zero_stage=2)], 2, tmp_path)
+    assert stopped.returncode != 0 and "stopped by" in stopped.stdout
+    stopped = run_scenarios(
+        [life("lives", 4, engine__zero_stage=3, loop__micro_batch_size=1)], 4, tmp_path
+    )
+    assert stopped.returncode != 0, stopped.stdout
+    done = run_scenarios([life("lives", 6, engine__zero_stage=1)], 1, tmp_path)
+    assert done.returncode == 0, done.stdout
+    reference, losses = read_losses(tmp_path / "unbroken"), read_losses(tmp_path / "lives")
+    assert losses.keys() == reference.keys() == set(range(1, 7))
+    assert max(abs(losses[s] - reference[s]) for s in losses) < 1e-4
+    weights = read_masters(tmp_path / "lives")
+    assert largest_difference(read_masters(tmp_path / "unbroken"), weights) < 1e-5
+
+
+def test_low_precision_resumes_bit_exactly(vary: Vary, tmp_path: Path) -> None:
+    engines = {
+        f"{precision}_zero{stage}": {
+            "engine__zero_stage": stage,
+            "engine__precision": precision,
+            "engine__initial_loss_scale_power": 10,
+            "engine__loss_scale_window": 2,  # doubles within the run: its state must resume
+        }
+        for precision in ("bf16", "fp16")
+        for stage in (0, 1, 2, 3)
+    }
+    scenarios = []
+    for name, changes in engines.items():
+        config = vary(tmp_path / f"{name}_unbroken", **changes, loop__save_every=3)
+        scenarios.append({"config": config})
+    done = run_scenarios(scenarios, 2, tmp_path)
+    assert done.returncode == 0, done.stdout
+    again = []
+    for name, changes in engines.items():
+        left, right = tmp_path / f"{name}_unbroken", tmp_path / f"{name}_resumed"
+        shutil.copytree(left, right)
+        shutil.rmtree(right / "checkpoints/step_00000005")
+        again.append({"config": vary(right, **changes, loop__save_every=3)})
+    done = run_scenarios(again, 2, tmp_path)
+    assert done.returncode == 0, done.stdout
+    for name in engines:
+        left, right = tmp_path / f"{name}_unbroken", tmp_path / f"{name}_resumed"
+        assert read_losses(left) == read_losses(right), name
+        assert largest_difference(read_masters(left), read_masters(right)) == 0.0, name
+        if name.startswith("fp16"):
+            lines = (left / "metrics.jsonl").read_text().splitlines()
+            scales = [json.loads(line).get("loss_scale") for line in lines]
+            assert max(s for s in scales if s) > 2**10, name
+
+
+def test_damaged_checkpoints_are_walked_over_and_never_ignored(vary: Vary, tmp_path: Path) -> None:
+    from trainer.engine import checkpoint
+    from trainer.errors import CheckpointError
+
+    config = vary(tmp_path / "run", loop__save_every=2, loop__max_steps=6)
+    assert run_scenarios([{"config": config}], 1, tmp_path).returncode == 0
+    folder = tmp_path / "run/checkpoints"
+    newest, middle, oldest = checkpoint.list_steps(folder)
+    shard = newest / "rank_00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert checkpoint.find_newest(folder).path == middle
+    (middle / "rank_00000.safetensors").write_bytes(b"")
+    assert checkpoint.find_newest(folder).path == oldest
+    (oldest / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.find_newest(folder)
+    assert checkpoint.find_newest(tmp_path / "nothing") is None
+
+
+def test_nan_loss_stops_with_step_rank_and_rows(vary: Vary, tmp_path: Path) -> None:
+    config = vary(tmp_path / "run", loop__save_every=2)
+    done = run_scenarios([{"config": config, "nan_at": 3}], 2, tmp_path)
+    assert done.returncode not in (0, EXIT_RESUME)
+    assert "loss is not finite at step 4 on rank 1, rows [" in done.stdout
+    saved = read_masters(tmp_path / "run")
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000002"]
+
+
+def test_collapsing_loss_scale_stops_with_the_reason(vary: Vary, tmp_path: Path) -> None:
+    config = vary(
+        tmp_path / "run",
+        engine__precision="fp16",
+        engine__initial_loss_scale_power=40,
+        engine__min_loss_scale=2**39,
+        engine__zero_stage=2,
+    )
+    done = run_scenarios([{"config": config}], 1, tmp_path)
+    assert done.returncode != 0
+    assert "fp16 loss scale fell to engine.min_loss_scale" in done.stdout

@@ -1,0 +1,69 @@
+"""Run training scenarios in processes of their own and read what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.rendezvous import free_port
+from trainer.engine.checkpoint import Checkpoint, Reader, iterate_whole, list_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_scenarios(
+    scenarios: list[dict[str, Any]], num_ranks: int, folder: Path, timeout_s: int = 420
+) -> subprocess.CompletedProcess[str]:
+    """Run scenarios on ``num_ranks`` processes; all are ended as soon as one fails."""
+    path = folder / f"scenarios_{len(list(folder.glob('scenarios_*')))}.json"
+    path.write_text(json.dumps(scenarios))
+    port = str(free_port())
+    command = [sys.executable, str(ROOT / "tests/scenarios.py"), str(path)]
+    logs = [path.with_suffix(f".{rank}.log") for rank in range(num_ranks)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+        environ = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        environ |= {k: str(v) for k, v in place.items()} | {"PYTHONPATH": str(ROOT)}
+        with log.open("w") as file:
+            ranks.append(subprocess.Popen(command, env=environ, stdout=file, stderr=file))
+    code = 0
+    try:
+        for process in sorted(ranks, key=lambda p: p.pid, reverse=True):
+            code = process.wait(timeout_s) or code
+            if code:
+                break
+    finally:
+        for process in ranks:
+            if process.poll() is None and code == -9:
+                process.kill()
+            process.wait(60)
+    output = "\n".join(f"--- rank {i}\n{log.read_text()}" for i, log in enumerate(logs))
+    return subprocess.CompletedProcess(command, code, output, "")
+
+
+def read_masters(run_dir: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Return the fp32 weights of a run's checkpoint at ``step`` (default: the newest)."""
+    steps = list_steps(run_dir / "checkpoints")
+    path = steps[0] if step is None else run_dir / "checkpoints" / f"step_{step:08d}"
+    manifest = json.loads((path / "manifest.json").read_text())
+    return dict(iterate_whole(Reader(Checkpoint(path, manifest))))
+
+
+def read_losses(run_dir: Path) -> dict[int, float]:
+    """Return the logged training loss by step."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["loss"] for r in records if r["split"] == "train"}
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Return the largest absolute difference of two sets of weights with equal names."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
