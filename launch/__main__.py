@@ -48,7 +48,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(importlib.import_module("launch.help").verb_help(verb, arguments), end="")
         return 0
     if verb == "prepare":
-        config = importlib.import_module("launch.compose").compose_run(arguments).config
+        config = importlib.import_module("launch.compose").compose_config(arguments)
         return importlib.import_module("launch.prepare").main(config) or 0
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0
 

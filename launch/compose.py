@@ -23,8 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch import ROOT
 from launch.secrets import flatten, refuse_secrets
-from launch.validation import Run, build_run
-from trainer.config import RunConfig, nearest
+from trainer.config import RunConfig, load_config, nearest
 from trainer.errors import ConfigError
 
 CONF = ROOT / "conf"
@@ -32,13 +31,13 @@ REQUIRED = "\0required "  # what ${required:WHAT} in an option's file becomes un
 COMPOSITION_ONLY = ("data_root",)  # keys that other values refer to; no part of a run's config
 
 
-def compose_run(overrides: Sequence[str], conf: Path = CONF) -> Run:
-    """Compose, check and build a run from ``KEY=VALUE`` and ``GROUP=OPTION`` words.
+def compose_config(overrides: Sequence[str], conf: Path = CONF) -> RunConfig:
+    """Compose and check a config for verbs that do not run its stage, whose import takes seconds.
 
     Raises:
         ConfigError: with every problem found, one per line.
     """
-    return build_run(compose_values(overrides, conf))
+    return load_config(compose_values(overrides, conf))
 
 
 def compose_values(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:

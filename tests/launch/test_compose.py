@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.compose import compose_run, compose_values
+from launch.compose import compose_config, compose_values
+from launch.validation import build_run
 from trainer.errors import ConfigError
 
 
@@ -83,7 +84,7 @@ def test_all_bad_options_and_words_are_reported_at_once() -> None:
 
 def test_an_added_unknown_key_is_refused_with_all_other_problems() -> None:
     with pytest.raises(ConfigError) as caught:
-        compose_run(["+loop.max_step=3", "loop.seed=abc", "+data.sources.x.weigth=1"])
+        compose_config(["+loop.max_step=3", "loop.seed=abc", "+data.sources.x.weigth=1"])
     message = str(caught.value)
     assert "loop.max_step is not a known key; did you mean max_steps?" in message
     assert "loop.seed='abc': expected int, got str" in message
@@ -93,10 +94,10 @@ def test_an_added_unknown_key_is_refused_with_all_other_problems() -> None:
 
 def test_problems_of_config_and_stage_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        compose_run(["stage.name=pretrian", "engine.offload_params=cpu", "loop.seed=x"])
+        build_run(compose_values(["stage.name=pretrian", "loop.seed=x", "peft.rank=y"]))
     message = str(caught.value)
     assert "stage.name='pretrian'" in message and "did you mean pretrain?" in message
-    assert "loop.seed='x'" in message
+    assert "loop.seed='x'" in message and "peft.rank='y'" in message
 
 
 def test_composing_imports_neither_torch_nor_transformers() -> None:
