@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from trainer.errors import DataError
 
 REJECTED = "rejected.jsonl"
 
+logger = logging.getLogger(__name__)
+
 
 def commit_source(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float) -> None:
     """Join a source's shards, check them, and give the result its name.
@@ -33,8 +36,11 @@ def commit_source(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float)
         DataError: too many rejected rows, no document at all, or a damaged shard.
         StorageError: the disk is full; the shards are kept.
     """
+    committed = plan.folder / MANIFEST
     aside = plan.work_folder / f"merge-{unique_suffix()}"
     try:
+        if committed.exists():
+            return
         with naming_the_disk(aside):
             aside.mkdir()
             _join(plan, spec, max_bad_row_share, aside)
@@ -44,11 +50,12 @@ def commit_source(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float)
     except OSError:
         # Renaming onto a folder with files in it fails, and so does any step after another job's
         # clean-up: both mean that the source is there.
-        if not (plan.folder / MANIFEST).exists():
+        if not committed.exists():
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _clear(plan.work_folder)
+        if committed.exists():
+            _clear(plan.work_folder)
 
 
 def _clear(work_folder: Path) -> None:
@@ -58,7 +65,10 @@ def _clear(work_folder: Path) -> None:
         work_folder.rename(hidden)
     except FileNotFoundError:
         return  # another job did it
-    shutil.rmtree(hidden)
+    # A job that lost the race may be deleting its part of it at the same time.
+    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.exists():  # such as a file that NFS keeps because another process has it open
+        logger.warning("%s is no longer needed, but part of it cannot be deleted now", hidden)
 
 
 def _join(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float, aside: Path) -> None:
@@ -124,7 +134,7 @@ def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dic
 
 def _shards(plan: SourcePlan) -> Iterator[Any]:
     for file_id, file in enumerate(plan.files):
-        for chunk in range(num_chunks(plan.work_folder, file_id) or 0):
+        for chunk in range(num_chunks(plan.work_folder, file_id)):
             path = shard_path(plan.work_folder, file_id, chunk)
             try:
                 with np.load(path) as shard:

@@ -60,10 +60,13 @@ def count_path(work_folder: Path, file_id: int) -> Path:
     return work_folder / f"{file_id:06d}.chunks"
 
 
-def num_chunks(work_folder: Path, file_id: int) -> int | None:
-    """Return the number of chunks of a file that was read to its end, else None."""
-    path = count_path(work_folder, file_id)
-    return int(path.read_text()) if path.exists() else None
+def num_chunks(work_folder: Path, file_id: int) -> int:
+    """Return the number of chunks of a file.
+
+    Raises:
+        FileNotFoundError: it was not read to its end yet.
+    """
+    return int(count_path(work_folder, file_id).read_text())
 
 
 def run_task(task: Task, encoder: Encoder, report: Report) -> None:
@@ -74,11 +77,7 @@ def run_task(task: Task, encoder: Encoder, report: Report) -> None:
         StorageError: the disk is full.
     """
     work_folder, committed = task.plan.work_folder, task.plan.folder / MANIFEST
-    known = num_chunks(work_folder, task.file_id)
-    if known is not None and all(
-        shard_path(work_folder, task.file_id, chunk).exists()
-        for chunk in range(task.part, known, task.num_parts)
-    ):
+    if _is_done(task):
         return
     chunk = -1
     try:
@@ -93,6 +92,16 @@ def run_task(task: Task, encoder: Encoder, report: Report) -> None:
     except FileNotFoundError:
         if not committed.exists():  # else another job has finished the source and cleaned up
             raise
+
+
+def _is_done(task: Task) -> bool:
+    """Tell whether every shard of a task is there, so that its file need not be read at all."""
+    folder = task.plan.work_folder
+    try:
+        chunks = range(task.part, num_chunks(folder, task.file_id), task.num_parts)
+    except FileNotFoundError:
+        return False
+    return all(shard_path(folder, task.file_id, chunk).exists() for chunk in chunks)
 
 
 def _chunks(task: Task) -> Iterator[Iterator[Row]]:

@@ -1,0 +1,273 @@
+"""Loaders: the same rows for any number of ranks and after any resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.config import DataConfig, SourceConfig
+from trainer.data.collate import Batch, Row, collate
+from trainer.data.loader import EvalLoader, TrainLoader
+from trainer.data.prepare import prepare
+from trainer.data.store import TokenStore
+from trainer.errors import ConfigError, DataError
+from trainer.losses.cross_entropy import IGNORE_INDEX, count_targets
+
+SAMPLES = Path(__file__).resolve().parents[3] / "samples"
+ROWS_PER_STEP = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("loader")
+    (folder / "short.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in "abcdef"))
+    return DataConfig(
+        sources={
+            "en": SourceConfig([str(SAMPLES / "en.jsonl")], weight=3.0),
+            "zh_tw": SourceConfig([str(SAMPLES / "zh_tw.jsonl")], weight=1.0),
+            "short": SourceConfig([str(folder / "short.jsonl")], weight=0.0, holdout_share=1.0),
+        },
+        store_dir=str(folder / "store"),
+        max_length=64,
+        holdout_share=0.1,
+        num_processes=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def store(data: DataConfig, english_tokenizer: Path) -> TokenStore:
+    return prepare(data, english_tokenizer)
+
+
+def make(
+    store: TokenStore, data: DataConfig, rank: int = 0, world_size: int = 1, **changes: int
+) -> TrainLoader:
+    options = {"seed": 1, "rows_per_step": ROWS_PER_STEP, "micro_batch_size": 2} | changes
+    return TrainLoader(store, data, rank=rank, world_size=world_size, **options)
+
+
+def rows_of(batches: list[Batch]) -> dict[int, tuple[list[int], ...]]:
+    return {
+        int(sample_id): (
+            batch.input_ids[i].tolist(),
+            batch.labels[i].tolist(),
+            batch.position_ids[i].tolist(),
+            [int(batch.source_ids[i])],
+        )
+        for batch in batches
+        for i, sample_id in enumerate(batch.sample_ids)
+    }
+
+
+def step_rows(
+    store: TokenStore, data: DataConfig, world_size: int, num_steps: int, **changes: int
+) -> list[dict[int, tuple[list[int], ...]]]:
+    """Return the rows of each step, gathered over ranks."""
+    steps: list[dict[int, tuple[list[int], ...]]] = [{} for _ in range(num_steps)]
+    for rank in range(world_size):
+        loader = make(store, data, rank, world_size, **changes)
+        batches = iter(loader)
+        for step in steps:
+            step |= rows_of(list(islice(batches, loader.micro_batches_per_step)))
+    return steps
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_any_world_size_and_micro_batch_take_the_same_rows(
+    store: TokenStore, data: DataConfig, packing: bool
+) -> None:
+    # A width that hangs on the batch's longest row is no difference of content.
+    data = dataclasses.replace(data, packing=packing)
+    expected = step_rows(store, data, 1, 5)
+    assert [sorted(step) for step in expected] == [
+        list(range(i * ROWS_PER_STEP, (i + 1) * ROWS_PER_STEP)) for i in range(5)
+    ]
+    for world_size, micro_batch_size in ((2, 2), (4, 2), (4, 1), (1, 8), (8, 1)):
+        found = step_rows(store, data, world_size, 5, micro_batch_size=micro_batch_size)
+        for step, other in zip(expected, found, strict=True):
+            assert step.keys() == other.keys()
+            for sample_id in step:
+                assert trimmed(step[sample_id]) == trimmed(other[sample_id])
+
+
+def trimmed(row: tuple[list[int], ...]) -> tuple[list[int], ...]:
+    last = max(i for i, label in enumerate(row[1]) if label != IGNORE_INDEX)
+    return *(column[: last + 1] for column in row[:3]), row[3]
+
+
+@pytest.mark.parametrize("resumed_world_size", [1, 2, 4])
+def test_resume_replays_the_unbroken_run(
+    store: TokenStore, data: DataConfig, resumed_world_size: int
+) -> None:
+    unbroken = step_rows(store, data, 2, 6)
+    loader = make(store, data, 0, 2)
+    batches = iter(loader)
+    for _ in range(3 * loader.micro_batches_per_step):
+        next(batches)
+    state = loader.state()
+    assert state == {"next_row": 3 * ROWS_PER_STEP}
+    start = state["next_row"]
+    assert step_rows(store, data, resumed_world_size, 3, start_row=start) == unbroken[3:]
+
+
+def test_state_moves_when_a_step_is_taken_whole(store: TokenStore, data: DataConfig) -> None:
+    loader = make(store, data)
+    states = [loader.state()["next_row"] for _ in islice(loader, 9)]
+    assert states == [0, 0, 0, 8, 8, 8, 8, 16, 16]
+
+
+def test_two_iterators_over_one_loader_go_on(store: TokenStore, data: DataConfig) -> None:
+    loader = make(store, data)
+    first = rows_of(list(islice(loader, 4)))
+    second = rows_of(list(islice(loader, 4)))
+    assert sorted(first) + sorted(second) == list(range(16))
+
+
+def test_mixture_and_epochs(store: TokenStore, data: DataConfig) -> None:
+    loader = make(store, data)
+    drawn = torch.cat([batch.source_ids for batch in islice(loader, 200)]).tolist()
+    assert abs(drawn.count(0) - 300) <= 4 and drawn.count(2) == 0
+    epochs = loader.epochs()
+    assert epochs["zh_tw"] == drawn.count(1) / loader.mixture.rows_per_epoch["zh_tw"]
+    assert epochs["short"] == 0
+
+
+def test_an_epoch_holds_every_training_token_once(store: TokenStore, data: DataConfig) -> None:
+    only = {"en": store.sources["en"]}
+    loader = make(TokenStore(only, 1, 2, 2), data, rows_per_step=1, micro_batch_size=1)
+    batches = list(islice(loader, loader.mixture.rows_per_epoch["en"]))
+    source = store.sources["en"]
+    documents = source.document_ids(held_out=False)
+    expected = np.sort(np.concatenate([source.document(i) for i in documents]))
+    seen = torch.cat([batch.input_ids.flatten() for batch in batches])
+    assert seen.sort().values[-1] == expected[-1]
+    num_padding = len(seen) - len(expected)
+    assert 0 <= num_padding < data.max_length
+    assert np.array_equal(np.bincount(seen)[3:], np.bincount(expected)[3:])
+    assert loader.epochs() == {"en": 1.0}
+
+
+def test_seeds_give_other_orders(store: TokenStore, data: DataConfig) -> None:
+    first = [rows_of(list(islice(make(store, data, seed=seed), 1))) for seed in (1, 2)]
+    assert first[0] != first[1]
+
+
+def test_batches_that_do_not_divide_are_refused(store: TokenStore, data: DataConfig) -> None:
+    with pytest.raises(ConfigError, match=r"8 rows a step do not divide .*=6; use 6 rows"):
+        make(store, data, 0, 3)
+    with pytest.raises(ConfigError, match="next_row=4 is not the start of a step"):
+        make(store, data, start_row=4)
+
+
+def test_source_without_training_rows_is_refused(store: TokenStore, data: DataConfig) -> None:
+    sources = data.sources | {"short": dataclasses.replace(data.sources["short"], weight=1.0)}
+    with pytest.raises(DataError, match=r"data.sources.short.weight=1, but no document"):
+        make(store, dataclasses.replace(data, sources=sources))
+
+
+def test_error_of_the_prefetching_thread_reaches_the_caller(
+    store: TokenStore, data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(store, data)
+
+    def fail(index: int) -> Batch:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(loader, "batch", fail)
+    with pytest.raises(OSError, match="stale file handle"):
+        next(iter(loader))
+
+
+def test_packed_labels_and_positions_by_hand() -> None:
+    rows = [Row([np.array([1, 5, 6]), np.array([7, 8])], 3, 0), Row([np.array([9])], 4, 1)]
+    batch = collate(rows, length=7, pad_token_id=2, isolate=True)
+    no = IGNORE_INDEX
+    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 8, 2, 2], [9, 2, 2, 2, 2, 2, 2]]
+    assert batch.labels.tolist() == [[no, 5, 6, no, 8, no, no], [no] * 7]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5]]
+    assert (batch.sample_ids.tolist(), batch.source_ids.tolist()) == ([3, 4], [0, 1])
+    assert batch.num_targets == 3 == int(count_targets(batch.labels))
+    plain = collate(rows, length=None, pad_token_id=2, isolate=False)
+    assert plain.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert plain.labels.tolist() == [row[:5] for row in batch.labels.tolist()]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("max_length", [2, 7, 64, 4096])
+def test_evaluation_predicts_every_token_once(
+    store: TokenStore, data: DataConfig, max_length: int, world_size: int, micro_batch_size: int
+) -> None:
+    data = dataclasses.replace(data, max_length=max_length)
+    loaders = [
+        EvalLoader(
+            store,
+            data,
+            "en",
+            max_tokens=900,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    source, documents = store.sources["en"], loaders[0].documents
+    expected = np.sort(np.concatenate([source.document(i)[1:] for i in documents]))
+    batches = [list(loader) for loader in loaders]
+    assert len({len(own) for own in batches} | {len(loader) for loader in loaders}) == 1
+    labels = torch.cat([b.labels[:, 1:].flatten() for own in batches for b in own])
+    assert labels[labels != IGNORE_INDEX].sort().values.tolist() == expected.tolist()
+    assert sum(b.num_targets for own in batches for b in own) == loaders[0].num_targets
+    assert all(b.input_ids.shape[0] == micro_batch_size for own in batches for b in own)
+
+
+def test_evaluation_counts_the_characters_of_its_documents(
+    store: TokenStore, data: DataConfig
+) -> None:
+    make_eval = {"micro_batch_size": 1, "rank": 0, "world_size": 1}
+    loader = EvalLoader(store, data, "short", max_tokens=10**9, **make_eval)
+    assert (loader.num_chars, loader.num_bytes, len(loader.documents)) == (6, 6, 6)
+    whole = EvalLoader(store, data, "zh_tw", max_tokens=10**9, **make_eval)
+    texts = [json.loads(line)["text"] for line in (SAMPLES / "zh_tw.jsonl").open(encoding="utf-8")]
+    sizes = {(len(text), len(text.encode())) for text in texts}
+    chars = store.sources["zh_tw"].num_chars[whole.documents].tolist()
+    sizes_found = zip(
+        chars, store.sources["zh_tw"].num_bytes[whole.documents].tolist(), strict=True
+    )
+    assert set(sizes_found) <= sizes and whole.num_chars == sum(chars)
+
+
+def test_evaluation_takes_whole_documents_up_to_its_limit(
+    store: TokenStore, data: DataConfig
+) -> None:
+    make_eval = {"micro_batch_size": 1, "rank": 0, "world_size": 1}
+    source = store.sources["en"]
+    sizes = []
+    for limit in (0, 500, 1500, 10**9):
+        loader = EvalLoader(store, data, "en", max_tokens=limit, **make_eval)
+        num_tokens = int(np.diff(source.offsets)[loader.documents].sum())
+        assert num_tokens <= limit or len(loader.documents) == 1
+        sizes.append(len(loader.documents))
+    assert sizes == sorted(sizes) and sizes[0] == 1
+    assert sizes[-1] == len(source.document_ids(held_out=True))
+
+
+def test_source_without_held_out_documents_is_named(store: TokenStore, data: DataConfig) -> None:
+    nothing = dataclasses.replace(store.sources["en"], holdout_share=0.0)
+    with pytest.raises(
+        DataError, match=r"'en' has no held-out document .*sources.en.holdout_share"
+    ):
+        EvalLoader(
+            TokenStore({"en": nothing}, 1, 2, 2),
+            data,
+            "en",
+            max_tokens=10,
+            micro_batch_size=1,
+            rank=0,
+            world_size=1,
+        )
