@@ -97,7 +97,11 @@ def audit(
         "rows": _rows(new.num_ids, pad_to_multiple),
         "scripts": list(subject.scripts),
         "pieces": pieces,
-        "dead": {"count": len(dead), "of": new.num_ids - base.num_ids, "pieces": dead},
+        "dead": {
+            "count": max(map(len, dead.values())),
+            "of": new.num_ids - base.num_ids,
+            "pieces": dead,
+        },
         "drift": {**drift, "without": list(scripts)},
         "parity": parity if new.slow is not None else None,
         "sources": {name: _before_and_after(before[name], after[name]) for name in sources},
@@ -165,7 +169,10 @@ def _curve(
             }
         )
     reference = _flops(points[0])
-    return [{**point, "relative_flops": _flops(point) / reference} for point in points]
+    return [
+        {**point, "relative_flops": _flops(point) / reference if reference else None}
+        for point in points
+    ]
 
 
 def _flops(point: Mapping[str, Any]) -> float:

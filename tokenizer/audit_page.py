@@ -1,4 +1,4 @@
-"""The audit as one self-contained HTML page."""
+"""The audit as one self-contained HTML page, and as a table for the console."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich.table import Table
 
 TEMPLATE_NAME = "audit.html.j2"
 # Written by matplotlib, then replaced by CSS variables: one palette cannot suit light and dark.
@@ -39,6 +40,29 @@ def render_page(audit: Mapping[str, Any], title: str, facts: Mapping[str, str]) 
     charts = draw_charts(audit["curve"]) if len(audit["curve"]) > 1 else []
     verdicts = judge(audit)
     return template.render(audit=audit, title=title, facts=facts, charts=charts, verdicts=verdicts)
+
+
+def summarise(result: Mapping[str, Any]) -> Table:
+    """Return the promises and the density per source as a table for the console."""
+    drift, dead = result["drift"], result["dead"]
+    title = (
+        f"{result['base_ids']:,} + {result['new_ids'] - result['base_ids']:,} ids, "
+        f"{dead['count']:,} dead, {drift['changed']:,} of {drift['lines']:,} other lines changed"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokens per character")
+    for heading in ("before", "after", "per Han, before", "after", "slow ≠ fast"):
+        table.add_column(heading, justify="right")
+    for name, source in result["sources"].items():
+        figures = [
+            "-" if source[side][key] is None else f"{source[side][key]:.3f}"
+            for key in ("tokens_per_character", "tokens_per_han")
+            for side in ("before", "after")
+        ]
+        parity = result["parity"][name] if result["parity"] else None
+        different = f"{parity['different']:,} of {parity['documents']:,}" if parity else "-"
+        table.add_row(name, *figures, different)
+    return table
 
 
 def judge(audit: Mapping[str, Any]) -> list[dict[str, Any]]:

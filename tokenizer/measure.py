@@ -135,25 +135,27 @@ def measure_density(encoder: Encoder, texts: Sequence[str]) -> Density:
     return Density(len(texts), **{name: counts[name] for name in names})
 
 
-def find_dead(encoder: Encoder, first_id: int = 0) -> list[str]:
+def find_dead(encoder: Encoder, first_id: int = 0) -> dict[str, list[str]]:
     """Return the tokens from ``first_id`` on that encoding their own text does not produce.
 
     A piece formed inside a longer text is formed alone as well (its merges see nothing outside
     it), so one test each is enough. A line end before it takes SentencePiece's dummy prefix away.
+
+    Returns:
+        By encoder: ``fast`` (tokenizers) and, where there is a model, ``slow`` (SentencePiece).
     """
     lead = "\n" if encoder.slow is not None else ""
     num_lead = len(encoder.backend.encode(lead, add_special_tokens=False))
     spelt = [(i, encoder.spelling(i)) for i in range(first_id, encoder.num_ids)]
-    candidates = [(i, text) for i, text in spelt if text]
-    encodings = encoder.encode([lead + text for _, text in candidates])
-    dead = []
-    for (index, text), encoding in zip(candidates, encodings, strict=True):
-        slow_dead = encoder.slow is not None and encoder.slow.encode(lead + text)[num_lead:] != [
-            index
-        ]
-        if slow_dead or encoding.ids[num_lead:] != [index]:
-            dead.append(text)
-    return dead
+    ids = [index for index, text in spelt if text]
+    texts = [text for _, text in spelt if text]
+    found = {"fast": [encoding.ids for encoding in encoder.encode([lead + t for t in texts])]}
+    if encoder.slow is not None:
+        found["slow"] = encoder.slow.encode([lead + text for text in texts])
+    return {
+        name: [t for t, i, got in zip(texts, ids, rows, strict=True) if got[num_lead:] != [i]]
+        for name, rows in found.items()
+    }
 
 
 def find_drift(

@@ -66,7 +66,10 @@ def require_bpe_base(model: Any, origin: str) -> None:
 
 
 def truncate_model(model_bytes: bytes, num_pieces: int, origin: str) -> bytes:
-    """Return the model with its first ``num_pieces`` pieces (the best scored ones come first).
+    """Return the model with its ``num_pieces`` best pieces, in their old order.
+
+    Of a BPE model the single characters count as the best: everything is built from them, though
+    training lists them last.
 
     Raises:
         DataError: it has fewer.
@@ -77,8 +80,19 @@ def truncate_model(model_bytes: bytes, num_pieces: int, origin: str) -> bytes:
             f"stage.vocab_size={num_pieces}: {origin} has {len(model.pieces)} pieces; "
             "use at most that, or null for all of them"
         )
-    del model.pieces[num_pieces:]
-    return bytes(model.SerializeToString())
+    is_bpe = model.trainer_spec.model_type == BPE_TYPE
+
+    def worth(index: int) -> tuple[bool, bool, float]:
+        piece = model.pieces[index]
+        return piece.type == NORMAL, len(piece.piece) > 1 if is_bpe else False, -piece.score
+
+    best = sorted(sorted(range(len(model.pieces)), key=worth)[:num_pieces])
+    kept = [model.pieces[index] for index in best]
+    shorter = proto.ModelProto()
+    shorter.CopyFrom(model)
+    del shorter.pieces[:]
+    shorter.pieces.extend(kept)
+    return bytes(shorter.SerializeToString())
 
 
 def processor_from(model_bytes: bytes) -> SentencePieceProcessor:

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tokenizer.audit import Candidate, Subject, TokenFlops, audit
-from tokenizer.audit_page import render_page
+from tokenizer.audit_page import render_page, summarise
 from tokenizer.extension import Extended, Rules, extend_tokenizer
 from tokenizer.load import check_pair, fingerprint
 from tokenizer.measure import Encoder
@@ -108,7 +107,7 @@ class Vocab(Stage):
         if outputs.complete():
             console.print(f"{context.run_dir} is complete, its inputs unchanged: nothing to do")
             return
-        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False)
+        columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description}", markup=False)
         with (
             naming_full_disk(context.run_dir),
             Progress(*columns, TimeElapsedColumn(), console=console) as progress,
@@ -121,7 +120,6 @@ class Vocab(Stage):
         if context.config.model.path:
             console.print(f"model: {context.run_dir / 'model'}")
         console.print(f"audit: {context.run_dir / 'audit.html'}")
-        log.info("audit: %s", context.run_dir / "audit.html")
 
     def _build(self, context: Context, base: Path, progress: Progress) -> dict[str, Any]:
         """Write everything but the manifest; return the audit."""
@@ -156,6 +154,7 @@ class Vocab(Stage):
         write_text(run_dir / "audit.json", to_json(result))
         page = render_page(result, f"{config.name}: vocabulary", self._facts(config, base))
         write_text(run_dir / "audit.html", page)
+        progress.update(task, total=1, completed=1, description="audit")
         return result
 
     def _find_base(self, config: RunConfig) -> Path:
@@ -203,11 +202,9 @@ class Vocab(Stage):
                     progress.update(task, description=f"reading {name}: {number:,} documents")
             done = f"read {name}: {rejects.num_accepted:,} documents"
             if rejects.num_rejected:
-                log.warning(
-                    "%s: %d rows rejected, see %s", name, rejects.num_rejected, rejects.path
-                )
+                done += f", {rejects.num_rejected:,} rows rejected, see {rejects.path}"
             progress.update(task, description=done)
-            progress.stop_task(task)
+            progress.update(task, total=1, completed=1)
             training += samples[0].texts()
             audited[name] = samples[1].texts()
         return training, audited
@@ -230,7 +227,7 @@ class Vocab(Stage):
         rules = Rules(self.merge, self.scripts, self.dead_pieces, self.extra_pieces)
         extended = extend_tokenizer(base, donor, rules)
         progress.update(task, description=f"merged {len(extended.added):,} pieces")
-        progress.stop_task(task)
+        progress.update(task, total=1, completed=1)
         return extended
 
     def _resize(self, context: Context, base: Path, progress: Progress) -> None:
@@ -255,7 +252,7 @@ class Vocab(Stage):
             config.loop.seed,
             advance,
         )
-        progress.stop_task(task)
+        progress.update(task, total=1, completed=1)
 
     def _facts(self, config: RunConfig, base: Path) -> dict[str, str]:
         """Return what the page says about the run."""
@@ -283,26 +280,3 @@ def cost_model(config: RunConfig) -> TokenFlops:
 
     token_flops(1)  # sizes that are missing are named before the work begins
     return token_flops
-
-
-def summarise(result: dict[str, Any]) -> Table:
-    """Return the promises and the density per source as a table for the console."""
-    drift, dead = result["drift"], result["dead"]
-    title = (
-        f"{result['base_ids']:,} + {result['new_ids'] - result['base_ids']:,} ids, "
-        f"{dead['count']:,} dead, {drift['changed']:,} of {drift['lines']:,} other lines changed"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("tokens per character")
-    for heading in ("before", "after", "per Han, before", "after", "slow ≠ fast"):
-        table.add_column(heading, justify="right")
-    for name, source in result["sources"].items():
-        figures = [
-            "-" if source[side][key] is None else f"{source[side][key]:.3f}"
-            for key in ("tokens_per_character", "tokens_per_han")
-            for side in ("before", "after")
-        ]
-        parity = result["parity"][name] if result["parity"] else None
-        different = f"{parity['different']:,} of {parity['documents']:,}" if parity else "-"
-        table.add_row(name, *figures, different)
-    return table
