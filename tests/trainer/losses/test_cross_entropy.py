@@ -65,6 +65,15 @@ def test_equals_a_hand_computed_value() -> None:
     assert loss.item() == pytest.approx(math.log(4) + math.log(8 / 5), rel=1e-6)
 
 
+def test_large_logits_do_not_overflow() -> None:
+    """exp(200) is infinite in fp32; the loss of logits (200, 0) for the second class is 200."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[200.0], [0.0]], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(200)
+    assert weight.grad.flatten().tolist() == pytest.approx([1, -1])
+
+
 def test_a_step_against_the_gradient_lowers_the_loss() -> None:
     hidden, weight, targets = make_inputs()
     loss = linear_cross_entropy(hidden, weight, targets)
