@@ -115,9 +115,19 @@ def save_tokenizer(
         model_bytes = tokenizer
         tokenizer = build_fast_tokenizer(tokenizer, "the SentencePiece model to save")
     tokenizer.save_pretrained(out_folder)
+    _name_portable_class(out_folder / "tokenizer_config.json")
     if model_bytes is not None:
         (out_folder / SENTENCEPIECE_NAME).write_bytes(model_bytes)
     return tokenizer
+
+
+def _name_portable_class(config_file: Path) -> None:
+    """Name the class that transformers 4 and 5 both know; 5 alone knows ``TokenizersBackend``."""
+    config = _read_json(config_file)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        config_file.write_text(text + "\n", encoding="utf-8")
 
 
 def vocab_size(path: str | Path) -> int:

@@ -117,16 +117,17 @@ class Density:
 def measure_density(encoder: Encoder, texts: Sequence[str]) -> Density:
     """Count tokens, and texts that do not come back from their ids."""
     counts: Counter[str] = Counter()
-    partial = np.zeros(encoder.num_ids, dtype=bool)
-    for index in range(encoder.num_ids):
-        partial[index] = encoder.spelling(index) is None
+    spellings = [encoder.spelling(index) for index in range(encoder.num_ids)]
+    partial = np.array([spelling is None for spelling in spellings])
+    blank = np.array([spelling is not None and not spelling.strip() for spelling in spellings])
     for text, encoding in zip(texts, encoder.encode(texts), strict=True):
         is_han = np.fromiter((script_of(c) == "han" for c in text), dtype=bool, count=len(text))
-        # Not every token has a first character in the text: the dummy prefix is no part of it.
-        starts = np.fromiter((s for s, _ in encoding.offsets), dtype=np.int64, count=len(encoding))
+        # The dummy prefix is given the place of the first character, which it is not.
+        ids = np.array(encoding.ids, dtype=np.int64)
+        starts = np.fromiter((s for s, _ in encoding.offsets), dtype=np.int64, count=len(ids))
         counts["han"] += int(is_han.sum())
-        counts["han_tokens"] += int(is_han[starts[starts < len(text)]].sum())
-        counts["byte_tokens"] += int(partial[encoding.ids].sum())
+        counts["han_tokens"] += int(is_han[starts[~blank[ids]]].sum())
+        counts["byte_tokens"] += int(partial[ids].sum())
         counts["tokens"] += len(encoding)
         counts["characters"] += len(text)
         failed = encoder.backend.decode(encoding.ids, skip_special_tokens=False) != text

@@ -91,6 +91,8 @@ def test_saved_folder_loads_in_plain_transformers(small_base: bytes, tmp_path: P
     for text in HARD_TEXTS:
         assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text)
     assert (tmp_path / "tokenizer.model").read_bytes() == small_base
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it as well
 
 
 def test_folder_with_only_a_sentencepiece_file_takes_its_padding_token(data_dir: Path) -> None:

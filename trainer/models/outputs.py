@@ -42,8 +42,9 @@ class Outputs:
         manifest = self.manifest
         if not manifest:
             return False
-        if manifest["inputs"] != self.inputs:
-            changed = [k for k, v in self.inputs.items() if manifest["inputs"].get(k) != v]
+        recorded = manifest.get("inputs", {})
+        if recorded != self.inputs:
+            changed = [key for key, value in self.inputs.items() if recorded.get(key) != value]
             raise ConfigError(
                 f"run_dir={self.run_dir} was made from other inputs ({', '.join(changed)} differ); "
                 "choose another run_dir, or remove this one"
