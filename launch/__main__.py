@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,11 @@ def main() -> None:
     except KuroshioError as error:
         print(f"kuroshio: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    finally:
+        # The exit code stands: a signal must not replace it. srun --kill-on-bad-exit sends SIGTERM
+        # to the tasks that leave a moment after the first.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).resolve().parent / "probe"
 SCRIPTS = Path(sys.executable).parent
 RUN = [sys.executable, "-m", "launch", "run"]
-TIMEOUT_S = 120
+TIMEOUT_S = 300  # the first run on a machine may compile an op of DeepSpeed
 
 
 def words(run_dir: Path, *more: str, num_ranks: int = 2) -> list[str]:
@@ -74,7 +74,8 @@ def by_hand(
         for own, command in zip(variables, commands, strict=True)
     ]  # fmt: skip
     try:
-        return [(p.returncode, out) for p in processes for out in [p.communicate(timeout=60)[0]]]
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+        return [(p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
     finally:
         for process in processes:
             process.kill()
