@@ -66,13 +66,8 @@ def tokenizer_path(config: RunConfig) -> str:
     """Return the tokenizer of a run: its own, else the model folder's.
 
     Raises:
-        ConfigError: neither is given, or there is nothing to tokenise.
+        ConfigError: neither is given.
     """
-    if not config.data.sources:
-        raise ConfigError(
-            "data.sources is empty; choose a data option (data=samples) or add a source: "
-            "+data.sources.NAME.paths=[FILE]"
-        )
     path = config.tokenizer.path or config.model.path
     if path is None:
         raise ConfigError(

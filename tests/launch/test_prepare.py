@@ -148,9 +148,9 @@ def make_config(sources: dict[str, SourceConfig], **tokenizer: str) -> RunConfig
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 
-def test_run_without_sources_or_tokenizer_is_refused(source: Path) -> None:
+def test_run_without_sources_or_tokenizer_is_refused(source: Path, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.sources is empty; choose a data option"):
-        launched.tokenizer_path(make_config({}, path="x"))
+        launched.ensure_prepared(make_config({}, path=str(tokenizer)))
     with pytest.raises(ConfigError, match="no tokenizer to prepare data"):
         launched.tokenizer_path(make_config({"text": SourceConfig([str(source)])}))
 

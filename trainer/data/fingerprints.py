@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trainer.data.storage import write_atomically
 
 # Raise when readers or encoder change what they make of the same bytes.
 PREPARATION = "kuroshio-prepare-1"
+HASHES = "hashes"  # folder of the store that remembers hashes of source files
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,13 @@ def plan_source(
     Raises:
         DataError: a file is missing, empty or unreadable.
     """
-    files = [
-        SourceFile(
-            path,
-            detect_format(path, source.format),
-            path.stat().st_size,
-            hash_file(path, store_dir / "hashes"),
-        )
-        for path in list_files(source)
-    ]
+    paths = list_files(source)
+    with ThreadPoolExecutor() as threads:  # hashing and waiting for the disk leave Python free
+        hashes = threads.map(lambda path: hash_file(path, store_dir / HASHES), paths)
+        files = [
+            SourceFile(path, detect_format(path, source.format), path.stat().st_size, sha256)
+            for path, sha256 in zip(paths, hashes, strict=True)
+        ]
     parts = {
         "preparation": PREPARATION,
         "files": [[file.sha256, file.format] for file in files],
@@ -86,13 +86,12 @@ def hash_file(path: Path, cache_folder: Path) -> str:
     path = path.resolve()
     with naming_the_file(path):
         stat = path.stat()
-    seen = [str(path), stat.st_size, stat.st_mtime_ns]
+    seen: list[str | int] = [str(path), stat.st_size, stat.st_mtime_ns]
     name = hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()
     cached = cache_folder / f"{name}.json"
-    if cached.exists():
-        entry = json.loads(cached.read_text(encoding="utf-8"))
-        if entry["seen"] == seen:
-            return str(entry["sha256"])
+    known = _recall(cached, seen)
+    if known is not None:
+        return known
     with naming_the_file(path), path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -100,3 +99,12 @@ def hash_file(path: Path, cache_folder: Path) -> str:
     entry = {"seen": seen, "sha256": digest.hexdigest()}
     write_atomically(cached, json.dumps(entry).encode())
     return digest.hexdigest()
+
+
+def _recall(cached: Path, seen: Sequence[str | int]) -> str | None:
+    """Return the hash of a file that was looked at before and looks the same, else None."""
+    try:
+        entry = json.loads(cached.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None  # never seen, or its note was damaged: hash again
+    return str(entry["sha256"]) if entry.get("seen") == seen else None

@@ -9,13 +9,15 @@ into shards that are written in one step, and the first to finish a source gives
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tokenizer.load import fingerprint, load_tokenizer
 from trainer.config import DataConfig
 from trainer.data.encode import EncoderSpec
-from trainer.data.fingerprints import SourcePlan, plan_source
+from trainer.data.files import list_files
+from trainer.data.fingerprints import HASHES, SourcePlan, hash_file, plan_source
 from trainer.data.merge import commit_source
 from trainer.data.shards import Task
 from trainer.data.storage import naming_the_disk
@@ -57,6 +59,11 @@ def prepare(
     if world_size > 1 and barrier is None:
         raise ConfigError(f"preparing with {world_size} ranks needs a barrier")
     wait = barrier or (lambda: None)
+    if world_size > 1:  # each rank hashes a share of the files, and finds the other hashes noted
+        for source in data.sources.values():
+            for path in list_files(source)[rank::world_size]:
+                hash_file(path, Path(data.store_dir).expanduser() / HASHES)
+        wait()
     plans = plan_sources(data, tokenizer_path)
     missing = [plan for plan in plans if not _is_committed(plan)]
     wait()  # nobody commits before everybody has looked
@@ -68,6 +75,7 @@ def prepare(
                 plan.work_folder.mkdir(parents=True, exist_ok=True)
         tasks = deal(missing, num_processes * world_size, data.max_bad_row_share)
         run_tasks(tasks[rank::world_size], spec, num_processes)
+        _refuse_changed_files(plans, plan_sources(data, tokenizer_path))
         wait()
         for plan in missing[rank::world_size]:
             commit_source(plan, spec, data.max_bad_row_share)
@@ -78,8 +86,30 @@ def prepare(
     return _open(plans, data)
 
 
+def _refuse_changed_files(before: list[SourcePlan], after: list[SourcePlan]) -> None:
+    """Raise when a file was changed while it was read: its tokens would go by a wrong name."""
+    changed = [old for old, new in zip(before, after, strict=True) if old.key != new.key]
+    if changed:
+        for plan in changed:
+            shutil.rmtree(plan.work_folder, ignore_errors=True)
+        raise DataError(
+            f"files of {', '.join(plan.name for plan in changed)} changed while they were being "
+            "prepared; start the same command again when they are complete"
+        )
+
+
 def plan_sources(data: DataConfig, tokenizer_path: str | Path) -> list[SourcePlan]:
-    """Return the plan of every source, in the configuration's order."""
+    """Return the plan of every source, in the configuration's order.
+
+    Raises:
+        ConfigError: no source.
+        DataError: a file is missing, empty or unreadable.
+    """
+    if not data.sources:
+        raise ConfigError(
+            "data.sources is empty; choose a data option (data=samples) or add a source: "
+            "+data.sources.NAME.paths=[FILE]"
+        )
     tokenizer_key = fingerprint(tokenizer_path)
     return [
         plan_source(

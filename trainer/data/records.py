@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from trainer.data.storage import naming_the_disk
 from trainer.errors import DataError
 
 EXCERPT_CHARS = 120
@@ -73,15 +74,17 @@ class RejectLog:
 
         Raises:
             DataError: when the share of rejected rows is above the limit.
+            StorageError: when the row cannot be written.
         """
         self.num_rejected += 1
         self.last = reject
         if self.path is not None:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("w", encoding="utf-8")
-            # ASCII escapes: a lone surrogate can be written, and read back, only this way.
-            self._file.write(json.dumps(vars(reject)) + "\n")
+            with naming_the_disk(self.path):
+                if self._file is None:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self.path.open("w", encoding="utf-8")
+                # ASCII escapes: a lone surrogate can be written, and read back, only this way.
+                self._file.write(json.dumps(vars(reject)) + "\n")
         if self.num_read >= MIN_ROWS_TO_JUDGE:
             self.check_share()
 
@@ -104,6 +107,7 @@ class RejectLog:
 
     def close(self) -> None:
         """Flush and close the file."""
-        if self._file is not None:
-            self._file.close()
+        if self._file is not None and self.path is not None:
+            with naming_the_disk(self.path):
+                self._file.close()
             self._file = None

@@ -19,7 +19,7 @@ from trainer.data.fingerprints import SourceFile, SourcePlan
 from trainer.data.readers import decode_row, walk_file
 from trainer.data.records import RejectLog
 from trainer.data.rows import Row
-from trainer.data.storage import atomic_file, naming_the_disk, unique_suffix
+from trainer.data.storage import atomic_file, unique_suffix
 from trainer.data.store import DOCUMENT_ARRAYS, MANIFEST, hash_text
 
 CHUNKS_PER_FILE = 64  # enough to spread a file over a node's processes
@@ -146,8 +146,7 @@ def _write_shard(
             columns["num_chars"].append(len(text))
             columns["num_bytes"].append(len(encoded))
             columns["text_hashes"].append(hash_text(encoded))
-    with naming_the_disk(path):
-        rejects.close()
+    rejects.close()
     rejected_rows = log_path.read_bytes() if rejects.num_rejected else b""
     counts = {"read": rejects.num_read, "rejected": rejects.num_rejected, "short": num_short}
     arrays = {name: np.array(columns[name], dtype) for name, dtype in DOCUMENT_ARRAYS.items()}
@@ -170,8 +169,7 @@ def _batches(
     num_chars = num_bytes = 0
     for row in rows:
         num_bytes += row.num_bytes
-        with naming_the_disk(rejects.path or task.plan.work_folder):
-            text = decode_row(row, task.file.path, task.plan.source, rejects)
+        text = decode_row(row, task.file.path, task.plan.source, rejects)
         if text is not None:
             texts.append(text)
             num_chars += len(text)

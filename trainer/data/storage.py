@@ -16,6 +16,7 @@ from trainer.errors import StorageError
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
 FULL |= {errno.EFBIG: "the file is larger than allowed here (ulimit -f)"}
 CLOSED = {errno.EACCES: "no permission to write", errno.EROFS: "the file system is read-only"}
+CLOSED |= {errno.ENOTDIR: "a part of this path is a file, not a folder"}
 
 
 def unique_suffix() -> str:

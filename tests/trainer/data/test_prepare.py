@@ -32,7 +32,7 @@ from trainer.data.prepare import (
 )
 from trainer.data.store import MANIFEST, TokenStore, verify
 from trainer.data.workers import run_tasks
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, StorageError
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = [f"document number {i} of {i * 7919 % 1009} words, 海流 {i}" for i in range(400)]
@@ -249,6 +249,39 @@ def test_losing_a_race_is_no_error(
     commit_source(plan, spec, 0.0)
     assert digests(tmp_path / "store") == before
     assert not list((tmp_path / "store").glob("*.work*"))
+
+
+def test_file_that_changes_meanwhile_is_noticed(
+    tmp_path: Path, english_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    data = make_data(tmp_path, path)
+
+    def change(*arguments: object) -> None:
+        run_tasks(*arguments)  # type: ignore[arg-type]
+        write_jsonl(path, TEXTS[:100])
+
+    monkeypatch.setattr("trainer.data.prepare.run_tasks", change)
+    with pytest.raises(DataError, match="files of source changed while"):
+        prepare(data, english_tokenizer)
+    monkeypatch.undo()
+    write_jsonl(path, TEXTS)
+    assert holdings(prepare(data, english_tokenizer))["num_documents"] == len(TEXTS)
+
+
+def test_damaged_note_of_a_hash_is_no_hash(tmp_path: Path, english_tokenizer: Path) -> None:
+    data = make_data(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    (before,) = plan_sources(data, english_tokenizer)
+    (note,) = (tmp_path / "store/hashes").iterdir()
+    note.write_text("{")
+    assert plan_sources(data, english_tokenizer) == [before]
+
+
+def test_store_that_cannot_be_made_is_named(tmp_path: Path, english_tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    data = make_data(tmp_path, path, store_dir=str(path / "store"))
+    with pytest.raises(StorageError, match=r"a.jsonl/store.* a part of this path is a file"):
+        prepare(data, english_tokenizer)
 
 
 def test_unfinished_shards_are_never_committed(tmp_path: Path, english_tokenizer: Path) -> None:
