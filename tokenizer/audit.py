@@ -73,8 +73,6 @@ def audit(
     sources = dict(sources) or {SAMPLE_SOURCE: list(sentences)}
     texts = [text for part in sources.values() for text in part]
     scripts = ("han", "cjk_punctuation") if "all" in subject.scripts else subject.scripts
-    step("pieces")
-    pieces = _describe_pieces(subject)
     step("dead pieces")
     dead = find_dead(new, base.num_ids)
     step("drift")
@@ -85,18 +83,18 @@ def audit(
     before = {name: measure_density(base, part) for name, part in sources.items()}
     after = {name: measure_density(new, part) for name, part in sources.items()}
     step("curve")
-    points = [(0, base.num_ids, before)]
-    for other in subject.candidates:
-        parts = {name: measure_density(other.encoder, part) for name, part in sources.items()}
-        points.append((other.pieces, other.encoder.num_ids, parts))
-    points.append((subject.num_pieces, new.num_ids, after))
+    points = [
+        (0, base.num_ids, before),
+        (subject.num_pieces, new.num_ids, after),
+        *(_measure(candidate, sources) for candidate in subject.candidates),
+    ]
     curve = _curve(sorted(points, key=itemgetter(1)), pad_to_multiple, token_flops)
     return {
         "base_ids": base.num_ids,
         "new_ids": new.num_ids,
         "rows": _rows(new.num_ids, pad_to_multiple),
         "scripts": list(subject.scripts),
-        "pieces": pieces,
+        "pieces": _describe_pieces(subject),
         "dead": {
             "count": max(map(len, dead.values())),
             "of": new.num_ids - base.num_ids,
@@ -144,6 +142,13 @@ def _side_by_side(subject: Subject, sentence: str) -> dict[str, Any]:
         ids = encoder.backend.encode(sentence, add_special_tokens=False).ids
         shown[name] = encoder.show(ids)
     return {"text": sentence, **shown}
+
+
+def _measure(
+    candidate: Candidate, sources: Mapping[str, Sequence[str]]
+) -> tuple[int, int, dict[str, Density]]:
+    parts = {name: measure_density(candidate.encoder, part) for name, part in sources.items()}
+    return candidate.pieces, candidate.encoder.num_ids, parts
 
 
 def _curve(

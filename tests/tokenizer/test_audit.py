@@ -112,7 +112,7 @@ def test_audit_is_json_and_its_page_is_whole(small_base: bytes, base: Encoder) -
     steps: list[str] = []
     sources = {"zh & <b>": TEXTS}
     result = audit(subject, sources, TEXTS, 64, lambda rows: (1e6, 100.0 * rows), steps.append)
-    assert steps[0] == "pieces"
+    assert steps[0] == "dead pieces"
     assert json.loads(json.dumps(result)) is not None
     assert sum(result["pieces"]["by_length"].values()) == result["pieces"]["added"]
     base_point, _, last = result["curve"]
