@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -148,7 +148,7 @@ class PiecePool:
         self._clear()
 
     def _clear(self) -> None:
-        self._index: dict[str, int] = {}
+        self._index = _Index(self._add)
         self._ids: array[int] = array("I")
         self._starts: array[int] = array("q", [0])
         self._of_character = np.full(NUM_CODE_POINTS, -1, np.int32)
@@ -185,20 +185,24 @@ class PiecePool:
         found[single] = self._of_character[codes]
         spans = zip(begins[~single].tolist(), ends[~single].tolist(), strict=True)
         words = [text[begin:end] for begin, end in spans]
-        try:
-            indices = list(map(self._index.__getitem__, words))
-        except KeyError:
-            for word in words:
-                if word not in self._index:
-                    self._index[word] = self._add(word)
-            indices = list(map(self._index.__getitem__, words))
-        found[~single] = indices
+        found[~single] = np.fromiter(map(self._index.__getitem__, words), np.int64, len(words))
         return found
 
     def _add(self, piece: str) -> int:
         self._ids.extend(token.id for token in self._model.tokenize(piece))
         self._starts.append(len(self._ids))
         return len(self._starts) - 2
+
+
+class _Index(dict[str, int]):
+    """Where each piece stands in the pool; a new one is added when it is first asked for."""
+
+    def __init__(self, add: Callable[[str], int]) -> None:
+        self._add = add
+
+    def __missing__(self, piece: str) -> int:
+        self[piece] = self._add(piece)
+        return self[piece]
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
