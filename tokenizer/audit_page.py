@@ -74,11 +74,11 @@ def judge(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
     tiles = [
         ("Dead pieces", audit["dead"]["count"], f"of {audit['dead']['of']:,} new tokens"),
         ("Changed lines", drift["changed"], f"of {drift['lines']:,} without new scripts"),
-        ("Round trip failures", failures, f"of {documents:,} documents"),
+        ("Round trip failures", failures, f"of {documents:,} texts"),
     ]
     if parity is not None:
         different = sum(source["different"] for source in parity.values())
-        tiles.insert(2, ("Slow ≠ fast", different, f"of {documents:,} documents"))
+        tiles.insert(2, ("Slow ≠ fast", different, f"of {documents:,} texts"))
     return [{"label": name, "count": count, "of": of} for name, count, of in tiles]
 
 

@@ -18,13 +18,15 @@ from trainer.errors import DataError
 NUM_THREADS = 4  # fixed: the sums of unigram training, and so its pieces, depend on it
 MAX_SENTENCE_BYTES = 1 << 20  # SentencePiece silently skips longer ones
 MAX_RUN_CHARS = 200_000
+MAX_TEXT_CHARS = 20_000
 
 
 class TextSample:
-    """A random sample of whole documents from a stream; holds no more than the sample.
+    """A random sample of the texts of a stream; holds no more than the sample.
 
-    Every document gets a random key; those with the smallest keys are kept while their characters
-    fit. The same stream and seed give the same sample.
+    Every text gets a random key; those with the smallest keys are kept while their characters
+    fit. The same stream and seed give the same sample. Long documents (a whole file may be one)
+    are cut at line ends into texts of at most ``MAX_TEXT_CHARS``, each drawn for itself.
     """
 
     def __init__(self, max_chars: int, seed: int = 0) -> None:
@@ -36,15 +38,26 @@ class TextSample:
 
     def add(self, text: str) -> None:
         """Offer the next document."""
-        heapq.heappush(self._heap, (-self._random.random(), self.num_seen, text))
-        self.num_seen += 1
-        self._num_chars += len(text)
-        while self._num_chars > self.max_chars:
-            self._num_chars -= len(heapq.heappop(self._heap)[2])
+        for part in cut_text(text, min(MAX_TEXT_CHARS, max(1, self.max_chars))):
+            heapq.heappush(self._heap, (-self._random.random(), self.num_seen, part))
+            self.num_seen += 1
+            self._num_chars += len(part)
+            while self._num_chars > self.max_chars:
+                self._num_chars -= len(heapq.heappop(self._heap)[2])
 
     def texts(self) -> list[str]:
-        """Return the kept documents in the order of the stream."""
+        """Return the kept texts in the order of the stream."""
         return [text for _, _, text in sorted(self._heap, key=itemgetter(1))]
+
+
+def cut_text(text: str, max_chars: int) -> Iterator[str]:
+    """Cut a text into parts of at most ``max_chars``, after a line end where there is one."""
+    start = 0
+    while len(text) - start > max_chars:
+        end = text.rfind("\n", start, start + max_chars) + 1 or start + max_chars
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def script_runs(texts: Iterable[str], scripts: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from tokenizer.scripts import script_of
 from tokenizer.spm import parse_model
-from tokenizer.train import TextSample, script_runs, train_pieces
+from tokenizer.train import TextSample, cut_text, script_runs, train_pieces
 from trainer.errors import DataError
 
 TEXTS = [
@@ -37,8 +37,14 @@ def test_sample_is_all_when_it_fits_and_bounded_when_not() -> None:
     assert 350 < sum(map(int, sample)) / len(sample) < 650  # from the whole stream
 
 
-def test_sample_of_documents_longer_than_the_limit_is_empty() -> None:
-    assert sample_texts(["x" * 50], 10) == []
+def test_long_documents_are_cut_and_not_lost() -> None:
+    book = "".join(f"line {i}\n" for i in range(10_000))
+    sample = sample_texts([book], 30_000)
+    assert 10_000 < sum(map(len, sample)) <= 30_000
+    assert all(text.endswith("\n") and text in book for text in sample)
+    assert sample_texts([book], 10**6) == list(cut_text(book, 20_000))
+    assert "".join(cut_text(book, 20_000)) == book
+    assert sample_texts(["x" * 50], 10) == ["x" * 10]
 
 
 def test_runs_hold_the_wanted_scripts_only() -> None:
