@@ -16,7 +16,7 @@ from trainer.plan.schedule import lr_factor
 
 
 def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the weights, trained in float64, after ``loop.max_steps`` of torch's own AdamW on whole batches."""
+    """Return the weights after ``loop.max_steps`` of torch's AdamW in float64, whole batches."""
     config = load_config(values)
     path = str(config.tokenizer.path)
     tokenizer = load_tokenizer(path)

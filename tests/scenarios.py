@@ -43,8 +43,8 @@ class Scenario(Pretrain):
     twist: dict[str, Any] = {}  # noqa: RUF012
 
     def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
-        for batch in super().batches(state):
-            yield explode(batch) if self.twist.get("explode") else batch
+        batches = super().batches(state)
+        return map(explode, batches) if self.twist.get("explode") else batches
 
     def loss(self, batch: Batch) -> torch.Tensor:
         last = self.context.rank == self.context.world_size - 1
@@ -76,9 +76,7 @@ def main(path: str) -> None:
     init_distributed(local_rank, 300)
     for scenario in json.loads(Path(path).read_text()):
         config = load_config(scenario["config"])
-        stage = Scenario(
-            **{k: v for k, v in config.stage.items() if k not in ("name",)}
-        )
+        stage = Scenario(**{k: v for k, v in config.stage.items() if k not in ("name",)})
         stage.twist = scenario
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)

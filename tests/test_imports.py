@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[list[str]] = [
     ["trainer.losses", "trainer.plan", "trainer.errors", "trainer.config", "tokenizer"],
     ["trainer.data", "trainer.models", "trainer.engine", "trainer.metrics"],
-    ["trainer.stage", "trainer.numerics", "trainer.signals"],
-    ["trainer.loop"],
+    ["trainer.stage", "trainer.numerics", "trainer.signals", "trainer.environment"],
+    ["trainer.loop", "trainer.policy"],
     ["trainer.stages"],
     ["launch"],
 ]

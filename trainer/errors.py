@@ -4,7 +4,7 @@ The codes follow sysexits.h where it has a word for the case, so that a job scri
 "do not retry" from "resume me" without parsing a log.
 """
 
-EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after a clean save; start the same command again
+EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after a clean save; start it again
 
 
 class KuroshioError(Exception):

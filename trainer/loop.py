@@ -106,7 +106,7 @@ def fit(stage: TrainStage, context: Context) -> None:
 
 
 def is_due(step: int, every: int, loop: LoopConfig) -> bool:
-    """Return whether something done each ``every`` steps (0: at the end only) is due at ``step``."""
+    """Return whether what is done each ``every`` steps (0: at the end only) is due."""
     return step == loop.max_steps or bool(every and step % every == 0)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints by parameter name: safetensors and JSON, committed by a rename.
 
-``checkpoints/step_00000040/`` holds ``manifest.json`` (state, sizes, SHA-256 of every file) and one
-``rank_00000.safetensors`` per rank with that rank's fragments: ``name|master@offset`` and so on, 1-D
-fp32. Frozen weights are not written. Nothing depends on ZeRO stage, offload or world size.
+``checkpoints/step_00000040/`` holds ``manifest.json`` (state, sizes, SHA-256 of every file) and
+one ``rank_00000.safetensors`` per rank with that rank's fragments: ``name|master@offset`` and so
+on, 1-D fp32. Frozen weights are not written. Nothing depends on ZeRO stage, offload or world size.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path
 
 
 def _together(work: Any, folder: Path, aside: Path) -> None:
-    """Run ``work`` on this rank, then agree: if it failed anywhere, clean up and raise everywhere."""
+    """Run ``work`` on this rank; if it failed on any, clean up and raise on all."""
     failure = None
     try:
         work()
@@ -101,7 +101,8 @@ def _write_rank(engine: Engine, aside: Path) -> None:
         shapes[fragment.name] = list(fragment.shape)
         for kind, view in fragment.tensors().items():
             # NVMe buffers are reused for the next sub-group, and safetensors wants own storage.
-            tensors[f"{fragment.name}|{kind}@{fragment.offset}"] = view.detach().to("cpu", copy=True)
+            copy = view.detach().to("cpu", copy=True)
+            tensors[f"{fragment.name}|{kind}@{fragment.offset}"] = copy
     path = aside / f"rank_{engine.rank:05d}.safetensors"
     save_file(tensors, path)
     _fsync(path)

@@ -88,7 +88,8 @@ def _zero(engine: EngineConfig, size: ModelSize, world_size: int, on_cuda: bool)
     if engine.offload_optimizer != "none":
         zero["offload_optimizer"] = _device(engine, engine.offload_optimizer, on_cuda)
         if engine.offload_optimizer == "nvme":
-            zero["offload_optimizer"]["buffer_count"] = 5  # weight, gradient, two moments, one spare
+            # Weight, gradient, two moments, and one spare.
+            zero["offload_optimizer"]["buffer_count"] = 5
     if engine.offload_params != "none":
         zero["offload_param"] = _device(engine, engine.offload_params, on_cuda)
         if engine.offload_params == "nvme":

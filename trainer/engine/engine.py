@@ -7,12 +7,9 @@ the summed loss divided by the global number of targets and gets exactly its gra
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,11 +19,12 @@ from deepspeed.accelerator import get_accelerator
 from transformers.integrations import HfDeepSpeedConfig
 
 from trainer.config import EngineConfig, OptimConfig
-from trainer.engine import collectives
 from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments
+from trainer.engine.ops import build_ops, needed_ops
 from trainer.errors import ConfigError, NumericsError
 
 LOG = logging.getLogger(__name__)
+BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,39 +67,13 @@ def choose_precision(asked: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def build_ops(engine: EngineConfig, local_rank: int) -> None:
-    """Compile DeepSpeed's C++ ops once per node before the ranks need them.
+def prepare_ops(engine: EngineConfig, local_rank: int) -> None:
+    """Compile what offload needs once per node, before the ranks need it."""
 
-    Raises:
-        ConfigError: when an op cannot be built, naming the missing system package.
-    """
-    builders = []
-    if engine.offload_optimizer != "none":
-        builders.append(("cpu_adam", "CPUAdamBuilder", "a C++ compiler (apt-get install g++)"))
-    if "nvme" in (engine.offload_optimizer, engine.offload_params):
-        builders.append(("async_io", "AsyncIOBuilder", "libaio (apt-get install libaio-dev)"))
-    if not builders:
-        return
-    scripts = str(Path(sys.executable).parent)  # ninja sits beside an unactivated venv's python
-    if scripts not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
-    failed = ""
-    for turn in (0, 1):
-        for op, builder, needs in builders:
-            if (local_rank == 0) == (turn == 0) and not failed:
-                failed = _load_op(op, builder, needs)
-        collectives.barrier()
-    if collectives.any_over_ranks(bool(failed)):
-        raise ConfigError(failed or "an offload op could not be built on another rank")
+    def load(op: str) -> None:
+        get_accelerator().create_op_builder(BUILDERS[op]).load(verbose=False)
 
-
-def _load_op(op: str, builder: str, needs: str) -> str:
-    """Build and load one op; return what is wrong, or an empty string."""
-    try:
-        get_accelerator().create_op_builder(builder).load(verbose=False)
-    except Exception as error:  # DeepSpeed raises bare Exceptions and RuntimeErrors here
-        return f"engine offload needs DeepSpeed's {op} op, which did not build: it needs {needs}. {error}"
-    return ""
+    build_ops(needed_ops(engine), local_rank, load)
 
 
 def partitioned_loading(ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -311,4 +283,3 @@ def _global_norm(params: Iterator[torch.nn.Parameter]) -> torch.Tensor:
     """Return the 2-norm of all gradients (replicated on every rank), on their device."""
     norms = [torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms))
-

@@ -103,9 +103,7 @@ def _zero12(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
                 continue
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
             views = [t.narrow(0, here.start, here.numel) for t in _triple(flat, state)]
-            yield Fragment(
-                names[id(param)], tuple(param.shape), there.start, there.numel, *views
-            )
+            yield Fragment(names[id(param)], tuple(param.shape), there.start, there.numel, *views)
 
 
 def _zero3(optimizer: Any, names: dict[int, str], write: bool) -> Iterator[Fragment]:

@@ -44,7 +44,7 @@ def _freeze_all_but(model: PreTrainedModel, pattern: str) -> None:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"peft.trainable={pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"peft.trainable={pattern!r} is no valid regex: {error}") from error
     names = [name for name, _ in model.named_parameters()]
     if not any(regex.search(name) for name in names):
         raise ConfigError(

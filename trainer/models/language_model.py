@@ -24,7 +24,9 @@ class LanguageModel(nn.Module):
         return causal_lm_loss(self.decoder, input_ids, position_ids, labels)
 
     @torch.no_grad()
-    def continue_text(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None) -> Tensor:
+    def continue_text(
+        self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None
+    ) -> Tensor:
         """Return ``input_ids`` [1, seq] continued greedily by at most ``max_new_tokens``."""
         return self.decoder.generate(
             input_ids,

@@ -42,7 +42,9 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     return architecture
 
 
-def make_config(model: ModelConfig, num_tokens: int, special_ids: dict[str, Any]) -> PretrainedConfig:
+def make_config(
+    model: ModelConfig, num_tokens: int, special_ids: dict[str, Any]
+) -> PretrainedConfig:
     """Return the transformers config of the run's model.
 
     Args:

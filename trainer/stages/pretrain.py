@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import platform
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,27 +11,25 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokenizer.load import check_pair, load_tokenizer, num_ids
-from trainer.config import RunConfig, grad_accum_steps
+from tokenizer.load import check_pair, load_tokenizer
+from trainer.config import RunConfig
 from trainer.data.collate import Batch
 from trainer.data.loader import EvalLoader, TrainLoader
 from trainer.data.prepare import open_store
 from trainer.data.store import TokenStore
 from trainer.engine.collectives import any_over_ranks, sum_over_ranks
-from trainer.engine.ds_config import ModelSize, make_ds_config
-from trainer.engine.engine import DTYPES, Engine, build_ops, choose_precision, partitioned_loading
+from trainer.engine.engine import DTYPES
+from trainer.environment import describe_environment
 from trainer.errors import ConfigError
 from trainer.loop import TrainStage
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters, find_peak
 from trainer.metrics.sinks import Sinks
-from trainer.models.adapters import apply_peft
-from trainer.models.head import install_fused_head, supports_fused_head
-from trainer.models.language_model import PREFIX, LanguageModel
-from trainer.models.load import load_model, make_config, measure, read_architecture
+from trainer.models.load import read_architecture
 from trainer.numerics import FiniteGuard
 from trainer.plan.flops import ModelShape, flops_per_token
 from trainer.plan.schedule import lr_factor
+from trainer.policy import build_policy, keep_tokenizer
 from trainer.signals import StopRequest
 from trainer.stage import Context
 
@@ -55,6 +50,11 @@ class Pretrain(TrainStage):
             problems.append(
                 "tokenizer.path is null and the model starts from scratch; give a tokenizer folder "
                 "or .model file"
+            )
+        if config.model.path is None and config.peft.mode != "full":
+            problems.append(
+                f"peft.mode={config.peft.mode} keeps weights as they are, but model.path is null "
+                "and they would be random; give a model folder or use peft=full"
             )
         try:
             positions = read_architecture(config.model).get("max_position_embeddings")
@@ -78,7 +78,9 @@ class Pretrain(TrainStage):
             check_pair(config.model.path, path)
         self.tokenizer = load_tokenizer(path)
         self.store: TokenStore = open_store(config.data, path)
-        self.policy, model_config = self._build_engine(context)
+        if context.rank == 0:
+            keep_tokenizer(self.tokenizer, Path(path), context.run_dir / "tokenizer")
+        self.policy, model_config = build_policy(context, self.tokenizer)
         self.bag, self.guard = MetricBag(self.policy.device), FiniteGuard()
         self.meters = self._make_meters(model_config)
         self._tokens = 0
@@ -86,48 +88,21 @@ class Pretrain(TrainStage):
         sinks = Sinks(
             context.run_dir, config.log, config.name, plain, context.rank == 0, sinks_step
         )
-        sinks.event(sinks_step, "environment", **self._environment())
+        environment = describe_environment(self.policy.device)
+        environment |= {"num_ranks": context.world_size, "zero_stage": config.engine.zero_stage}
+        environment |= {"precision": self.policy.precision, "peak": self.peak.source}
+        sinks.event(sinks_step, "environment", **environment)
         return sinks
-
-    def _build_engine(self, context: Context) -> tuple[Engine, dict[str, Any]]:
-        config = context.config
-        build_ops(config.engine, context.local_rank)
-        precision = choose_precision(config.engine.precision)
-        special = {f"{k}_token_id": getattr(self.tokenizer, f"{k}_token_id") for k in SPECIAL}
-        model_config = make_config(config.model, num_ids(self.tokenizer), special)
-        ds_config = make_ds_config(
-            config.engine,
-            precision=precision,
-            micro_batch_size=config.loop.micro_batch_size,
-            grad_accum_steps=grad_accum_steps(config, context.world_size),
-            grad_clip=config.optim.grad_clip,
-            size=ModelSize(*measure(model_config)),
-            world_size=context.world_size,
-            on_cuda=torch.cuda.is_available(),
-        )
-        seed = config.loop.seed
-        with partitioned_loading(ds_config):
-            model = load_model(config.model, model_config, DTYPES[precision], seed)
-        if supports_fused_head(model):
-            install_fused_head(model, num_ids(self.tokenizer))
-        torch.manual_seed(seed)  # adapters start equal on every rank
-        model = apply_peft(model, config.peft)
-        if config.engine.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        model.train()
-        wrapped = LanguageModel(model)
-        engine = Engine(wrapped, config.engine, config.optim, ds_config, precision, PREFIX)
-        return engine, model_config.to_dict()
 
     def _make_meters(self, model_config: dict[str, Any]) -> Meters:
         config = self.config
         shape = ModelShape.from_config(model_config)
+        self.peak = find_peak(self.policy.device, DTYPES[self.policy.precision])
         return Meters(
             config.loop.max_steps,
             self.policy.device,
             flops_per_token(shape, config.data.max_length).total,
-            find_peak(self.policy.device, DTYPES[self.policy.precision]).flops_per_s,
+            self.peak.flops_per_s,
             self.context.world_size,
         )
 
@@ -228,23 +203,10 @@ class Pretrain(TrainStage):
             ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.policy.device)
             model: Any = self.policy.module
             out = model.continue_text(ids, self.sample_tokens, self.tokenizer.eos_token_id)
-            new_ids = out[0, ids.shape[1] :]
-            sinks.sample(step, prompt, self.tokenizer.decode(new_ids, skip_special_tokens=True))
-
-    def _environment(self) -> dict[str, Any]:
-        return {
-            "host": socket.gethostname(),
-            "python": platform.python_version(),
-            **{f: importlib.metadata.version(f) for f in ("torch", "deepspeed", "transformers")},
-            "device": str(self.policy.device),
-            "device_name": device_name(self.policy.device),
-            "num_ranks": self.context.world_size,
-            "zero_stage": self.config.engine.zero_stage,
-            "precision": self.policy.precision,
-        }
-
-
-SPECIAL = ("bos", "eos", "pad")
+            # Decoded together, or the space between prompt and continuation is lost.
+            whole = self.tokenizer.decode(out[0], skip_special_tokens=True)
+            start = self.tokenizer.decode(ids[0], skip_special_tokens=True)
+            sinks.sample(step, prompt, whole.removeprefix(start))
 
 
 def tokenizer_path(config: RunConfig) -> str | None:
@@ -267,13 +229,3 @@ def describe_nll(nll: float, num_tokens: int, num_chars: int, num_bytes: int) ->
         "num_tokens": num_tokens,
         "num_chars": num_chars,
     }
-
-
-def device_name(device: torch.device) -> str:
-    """Return the GPU's or the CPU's model name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -1,0 +1,109 @@
+"""A plain Hugging Face folder from weights read one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+ADAPTED = "base_model.model."  # what peft puts before the names of the model it wraps
+
+
+class Weights:
+    """The final model's weights by name: trained ones, frozen ones, adapters merged in.
+
+    Args:
+        trained: shapes of the trained parameters, by name.
+        read: returns a trained parameter, fp32.
+        base_folder: the model folder that frozen weights come from, if any.
+        lora_scale: alpha / rank (arXiv:2106.09685) of adapters among the trained parameters.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, Sequence[int]],
+        read: Callable[[str], Tensor],
+        base_folder: Path | None,
+        lora_scale: float,
+    ) -> None:
+        self._read, self._scale = read, lora_scale
+        adapters = {name for name in trained if ".lora_" in name}
+        self._trained = {n.removeprefix(ADAPTED): n for n in trained if n not in adapters}
+        self._adapters = {n.removeprefix(ADAPTED) for n in adapters}
+        self._base = _open_folder(base_folder) if base_folder else {}
+        self.shapes = {name: list(trained[full]) for name, full in self._trained.items()}
+        for name, file in self._base.items():
+            self.shapes.setdefault(name, file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Return one parameter of the final model, fp32."""
+        if name in self._trained:
+            weight = self._read(self._trained[name])
+        else:
+            weight = self._base[name].get_tensor(name).float()
+        module = name.removesuffix(".weight")
+        down, up = (f"{module}.lora_{kind}.default.weight" for kind in "AB")
+        if up in self._adapters:
+            weight += self._scale * (self._read(ADAPTED + up) @ self._read(ADAPTED + down))
+        return weight
+
+
+def _open_folder(folder: Path) -> dict[str, safe_open]:
+    """Return the open safetensors file of every parameter in a model folder."""
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = safe_open(path, "pt")
+        files.update(dict.fromkeys(file.keys(), file))
+    if not files:
+        raise CheckpointError(
+            f"model folder {folder} has no .safetensors file to read frozen weights"
+        )
+    return files
+
+
+def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Group names, in order, into shards of at most ``max_bytes`` (a larger one stands alone)."""
+    shards: list[list[str]] = []
+    used = max_bytes + 1
+    for name, size in sizes.items():
+        if used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def write_shards(
+    weights: Weights,
+    folder: Path,
+    dtype: torch.dtype,
+    max_bytes: int,
+    progress: Callable[[Iterable[list[str]]], Iterable[list[str]]],
+) -> int:
+    """Write sharded safetensors with their index, holding one shard in memory at a time.
+
+    Returns:
+        The number of parameters written.
+    """
+    sizes = {n: torch.Size(s).numel() * dtype.itemsize for n, s in weights.shapes.items()}
+    shards = plan_shards(sizes, max_bytes)
+    index = {}
+    for number, names in enumerate(progress(shards), 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        tensors = {name: weights.read(name).to(dtype).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        whole = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        (folder / INDEX_NAME).write_text(json.dumps(whole, indent=2) + "\n")
+    return sum(sizes.values()) // dtype.itemsize

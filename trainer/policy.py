@@ -1,0 +1,70 @@
+"""The trained model of a stage, from the config's groups: loaded, adapted, in its engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer.load import num_ids, save_tokenizer, sentencepiece_file
+from trainer.config import grad_accum_steps
+from trainer.engine.ds_config import ModelSize, make_ds_config
+from trainer.engine.engine import DTYPES, Engine, choose_precision, partitioned_loading, prepare_ops
+from trainer.models.adapters import apply_peft
+from trainer.models.aside import written_aside
+from trainer.models.head import install_fused_head, supports_fused_head
+from trainer.models.language_model import PREFIX, LanguageModel
+from trainer.models.load import load_model, make_config, measure
+from trainer.stage import Context
+
+SPECIAL = ("bos", "eos", "pad")
+
+
+def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, Any]]:
+    """Load or create the model and put it into an engine.
+
+    Args:
+        context: config and place of the run.
+        tokenizer: the run's tokenizer; its ids are the model's real vocabulary rows.
+
+    Returns:
+        The engine, and the transformers config as plain data.
+    """
+    config = context.config
+    prepare_ops(config.engine, context.local_rank)
+    precision = choose_precision(config.engine.precision)
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in SPECIAL}
+    model_config = make_config(config.model, num_ids(tokenizer), special)
+    ds_config = make_ds_config(
+        config.engine,
+        precision=precision,
+        micro_batch_size=config.loop.micro_batch_size,
+        grad_accum_steps=grad_accum_steps(config, context.world_size),
+        grad_clip=config.optim.grad_clip,
+        size=ModelSize(*measure(model_config)),
+        world_size=context.world_size,
+        on_cuda=torch.cuda.is_available(),
+    )
+    seed = config.loop.seed
+    with partitioned_loading(ds_config):
+        model = load_model(config.model, model_config, DTYPES[precision], seed)
+    if supports_fused_head(model):
+        install_fused_head(model, num_ids(tokenizer))
+    torch.manual_seed(seed)  # adapters start equal on every rank
+    adapted = apply_peft(model, config.peft)
+    if config.engine.activation_checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted.enable_input_require_grads()
+    wrapped = LanguageModel(adapted).train()
+    engine = Engine(wrapped, config.engine, config.optim, ds_config, precision, PREFIX)
+    return engine, model_config.to_dict()
+
+
+def keep_tokenizer(tokenizer: Any, path: Path, folder: Path) -> None:
+    """Copy the tokenizer at ``path`` into the run, which is then exported without its inputs."""
+    if folder.exists():
+        return
+    model_file = sentencepiece_file(path)
+    with written_aside(folder) as aside:
+        save_tokenizer(tokenizer, aside, model_file.read_bytes() if model_file else None)
