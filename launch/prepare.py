@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -26,6 +27,8 @@ def main(config: RunConfig) -> None:
     from trainer.data.summary import summarise
 
     rank, world_size = mpi_place(os.environ)
+    logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
+    logging.getLogger("trainer").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     tokenizer = tokenizer_path(config)
     try:
         store = prepare(

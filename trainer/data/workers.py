@@ -22,7 +22,7 @@ from trainer.errors import DataError
 
 POLL_SECONDS = 0.2
 BYTES_PER_PROCESS = 1 << 22  # on disk; a process costs as long to start as these take to prepare
-LOG_EVERY_SECONDS = 30.0
+LOG_EVERY_SECONDS = 15.0
 
 logger = logging.getLogger(__name__)
 
