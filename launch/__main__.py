@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from trainer.config import nearest
 from trainer.errors import ConfigError, KuroshioError
@@ -59,13 +61,28 @@ def main() -> None:
     try:
         code = dispatch(sys.argv[1:])
     except KuroshioError as error:
-        print(f"kuroshio: {error}", file=sys.stderr, flush=True)
+        print(f"kuroshio: {error}", file=sys.stderr)
         code = error.exit_code
-    finally:
-        # The exit code stands: a signal must not replace it. srun --kill-on-bad-exit sends SIGTERM
-        # to the tasks that leave a moment after the first.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+    except SystemExit as stop:  # argparse, or a signal before the training loop
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``, which neither a signal nor the teardown may replace."""
+    # srun --kill-on-bad-exit sends SIGTERM to the tasks that leave a moment after the first.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        # Left in the middle of a run: the teardown of a process group whose other ranks are gone
+        # aborts or hangs.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
