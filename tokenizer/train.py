@@ -124,6 +124,40 @@ def train_pieces(
     return writer.getvalue()
 
 
+def train_base(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a tokenizer for a model from scratch, with LLaMA's conventions.
+
+    BPE with byte fallback, single digits, a dummy prefix, the identity normaliser, and the ids 0,
+    1, 2 for unknown, start and end.
+
+    Args:
+        texts: documents.
+        vocab_size: pieces in all: control pieces, 256 bytes, and the rest.
+
+    Raises:
+        DataError: too little text for the size, naming the largest size that works.
+    """
+    writer = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            num_threads=NUM_THREADS,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise _too_small(vocab_size, "bpe", str(error)) from error
+    return writer.getvalue()
+
+
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
