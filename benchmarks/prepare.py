@@ -1,7 +1,7 @@
 """Data preparation against ``datasets.map`` with the same tokenizer, in MB of text a second.
 
-    python benchmarks/prepare.py --tokenizer ../shared/data/tokenizers/llama2 \
-        ../shared/data/pretrain/tw_laws.jsonl.gz ../shared/data/pretrain/tang_poems.jsonl.gz
+    python benchmarks/prepare.py                     # Chinese files and LLaMA-2's tokenizer
+    python benchmarks/prepare.py FILE... --tokenizer PATH --processes 1 2 8
 
 Both sides begin with the tokenizer's path. ``datasets`` has its rows in its Arrow cache already and
 leaves ids there; ``kuroshio prepare`` goes from the files to the committed store, so reading and
@@ -23,17 +23,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
     """Measure with each number of processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", help="files with a `text` column, or text lines")
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("files", nargs="*", help="files with a `text` column")
+    parser.add_argument("--tokenizer", type=Path, default=DATA / "tokenizers/llama2")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=2, help="the best time counts")
     args = parser.parse_args()
+    args.files = args.files or sorted(map(str, DATA.glob("pretrain/*.jsonl.gz")))
+    if not args.files or not args.tokenizer.exists():
+        parser.error(f"there is no {DATA} here: name files and give --tokenizer")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core on both sides
     results = [measure(args.files, args.tokenizer, n, args.repeats) for n in args.processes]
     line = (

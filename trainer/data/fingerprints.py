@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trainer.config import SourceConfig
 from trainer.data.files import detect_format, list_files, naming_the_file
-from trainer.data.storage import write_atomically
+from trainer.data.storage import sha256_of, write_atomically
 
 # Raise when readers or encoder change what they make of the same bytes.
 PREPARATION = "kuroshio-prepare-1"
@@ -92,13 +92,10 @@ def hash_file(path: Path, cache_folder: Path) -> str:
     known = _recall(cached, seen)
     if known is not None:
         return known
-    with naming_the_file(path), path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    entry = {"seen": seen, "sha256": digest.hexdigest()}
-    write_atomically(cached, json.dumps(entry).encode())
-    return digest.hexdigest()
+    with naming_the_file(path):
+        found = sha256_of(path)
+    write_atomically(cached, json.dumps({"seen": seen, "sha256": found}).encode())
+    return found
 
 
 def _recall(cached: Path, seen: Sequence[str | int]) -> str | None:

@@ -101,6 +101,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the current state on; the state moves as batches are taken."""
+        self._delivered = 0  # a step that was left half-way begins again
         index = self._next_row // self.rows_per_step * self.micro_batches_per_step
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as executor:
             pending: deque[Future[Batch]] = deque()

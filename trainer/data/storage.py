@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import socket
@@ -17,6 +18,15 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
 FULL |= {errno.EFBIG: "the file is larger than allowed here (ulimit -f)"}
 CLOSED = {errno.EACCES: "no permission to write", errno.EROFS: "the file system is read-only"}
 CLOSED |= {errno.ENOTDIR: "a part of this path is a file, not a folder"}
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def unique_suffix() -> str:

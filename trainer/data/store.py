@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.storage import sha256_of
 from trainer.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -151,8 +152,7 @@ def verify(folder: Path) -> None:
     """
     for array, entry in read_manifest(folder)["arrays"].items():
         path = folder / f"{array}.npy"
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != entry["sha256"]:
             raise DataError(
                 f"{path} is damaged: SHA-256 {found[:12]}…, its manifest says "

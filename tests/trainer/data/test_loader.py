@@ -127,6 +127,10 @@ def test_two_iterators_over_one_loader_go_on(store: TokenStore, data: DataConfig
     first = rows_of(list(islice(loader, 4)))
     second = rows_of(list(islice(loader, 4)))
     assert sorted(first) + sorted(second) == list(range(16))
+    next(iter(loader))  # a step left half-way ...
+    again = [(loader.state()["next_row"], batch) for batch in islice(loader, 4)]
+    assert [row for row, _ in again] == [16, 16, 16, 24]  # ... begins again
+    assert sorted(rows_of([batch for _, batch in again])) == list(range(16, 24))
 
 
 def test_mixture_and_epochs(store: TokenStore, data: DataConfig) -> None:

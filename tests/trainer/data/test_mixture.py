@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.mixture import Mixture, floor_sum
@@ -20,6 +20,7 @@ def make(values: list[float], seed: int = 0) -> Mixture:
     return Mixture(dict(zip(names, values, strict=True)), dict.fromkeys(names, 10), seed)
 
 
+@settings(deadline=None)
 @given(weights, st.integers(0, 10**12), st.integers(0, 500), st.integers(0, 2**31))
 def test_any_stretch_is_found_without_walking_to_it(
     values: list[float], start: int, length: int, seed: int
@@ -34,6 +35,7 @@ def test_any_stretch_is_found_without_walking_to_it(
         assert value > 0 or after[index] == 0
 
 
+@settings(deadline=None)
 @given(weights, st.integers(1, 3000), st.integers(0, 100))
 def test_every_prefix_holds_every_source_in_proportion(
     values: list[float], length: int, seed: int
@@ -71,6 +73,7 @@ def test_sources_that_cannot_be_drawn_are_refused() -> None:
     Mixture({"a": 0.0, "b": 1.0}, {"a": 0, "b": 5}, 0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 200), st.integers(0, 200))
 def test_floor_sum_equals_the_sum(n: int, m: int, a: int, b: int) -> None:
     assert floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.pack import Packer, Piece, shuffle
@@ -20,6 +20,7 @@ def make(values: list[int], max_length: int, packing: bool, key: str = "k") -> P
     return Packer(ids, array, max_length=max_length, packing=packing, seed_key=key)
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(2, 50), st.booleans(), st.integers(0, 3))
 def test_every_token_lands_in_exactly_one_row_of_an_epoch(
     values: list[int], max_length: int, packing: bool, epoch: int
@@ -37,6 +38,7 @@ def test_every_token_lands_in_exactly_one_row_of_an_epoch(
         assert all(len(row) == 1 for row in rows)
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(2, 50), st.booleans(), st.randoms())
 def test_rows_do_not_depend_on_the_order_of_asking(
     values: list[int], max_length: int, packing: bool, random: object
