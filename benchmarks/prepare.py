@@ -48,7 +48,8 @@ def main() -> None:
     )
     for result in results:
         print(line.format(**result))
-    print(json.dumps({"benchmark": "prepare", "files": args.files, "results": results}))
+    names = [Path(file).name for file in args.files]
+    print(json.dumps({"benchmark": "prepare", "files": names, "results": results}))
 
 
 def measure(
