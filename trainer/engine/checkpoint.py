@@ -17,16 +17,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trainer.engine import collectives
-from trainer.engine.engine import Engine
 from trainer.engine.fragments import get_adam_step, set_adam_step
 from trainer.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:  # exporting reads checkpoints without DeepSpeed
+    from trainer.engine.engine import Engine
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
