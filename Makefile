@@ -1,0 +1,71 @@
+# Every target works in its own virtual environment, .venv; nothing is installed anywhere else.
+# PYTHON=python3.12 chooses an interpreter for a new .venv, PYTEST_ARGS="-k loader" selects tests.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-all lint format bench clean
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+# Tests start processes of their own, so more workers than cores only slow each other down.
+TEST_WORKERS ?= 2
+export DEMO_DIR ?= runs/demo
+# Relative, because pip splits the value at spaces; make's working directory is the repository.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OPS := $(VENV)/.ops
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+install: $(INSTALLED)  ## create .venv with everything in it
+
+demo: $(INSTALLED)  ## run the stages from nothing on two CPU ranks; results in DEMO_DIR
+	$(BIN)/python samples/demo.py
+
+test: $(INSTALLED) $(OPS)  ## run the tests
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) $(OPS)  ## run the slow tests
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: $(INSTALLED) $(OPS)  ## run all tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## measure; every script's last line is JSON
+	@set -e; for script in benchmarks/*.py; do \
+	    echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and alone: its build (CPU or CUDA) is pip's choice by the machine's own settings, and
+# everything after it must accept that one.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "$(PYTHON) cannot create virtual environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+# One build before the tests, which would otherwise wait for each other's; two to three minutes.
+$(OPS): $(INSTALLED) tests/build_ops.py
+	@$(BIN)/python tests/build_ops.py && touch $@ || echo "the tests that need these ops are skipped" >&2
