@@ -33,6 +33,10 @@ class Encoder:
     slow: SentencePieceProcessor | None
     num_ids: int
 
+    def __post_init__(self) -> None:
+        """Take ``</s>`` in a document for text, as SentencePiece does, not for the end token."""
+        self.backend.encode_special_tokens = True
+
     @classmethod
     def load(cls, path: str | Path) -> Encoder:
         """Load both sides of the tokenizer at ``path``."""

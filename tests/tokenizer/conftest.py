@@ -96,7 +96,8 @@ def real_texts(data_dir: Path, whole: bool) -> dict[str, list[str]]:
         )
         for name in CHINESE
     }
-    texts["en_c4"] = list(read_texts(data_dir / "pretrain/lf_c4_demo.jsonl"))
+    texts["en_c4"] = list(read_texts(data_dir / "pretrain/lf_c4_demo.jsonl", 1 if whole else 2))
     wiki = (data_dir / "pretrain/lf_wiki_demo.txt").read_text(encoding="utf-8")
-    texts["en_wiki"] = [line for line in wiki.split("\n") if line.strip()]
+    articles = [line for line in wiki.split("\n") if line.strip()]
+    texts["en_wiki"] = articles if whole else [article[:5000] for article in articles]
     return texts

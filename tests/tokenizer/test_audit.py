@@ -91,6 +91,13 @@ def test_disparity_is_found(base: Encoder, flawed: Encoder) -> None:
     assert find_disparity(Encoder(base.backend, None, base.num_ids), TEXTS) is None
 
 
+def test_special_tokens_spelt_in_a_text_are_text(base: Encoder) -> None:
+    found = find_disparity(base, ["the end</s> of <unk> <s>"])
+    assert found is not None
+    assert found["different"] == 0
+    assert measure_density(base, ["the end</s> of <unk> <s>"]).round_trip_failures == 0
+
+
 def test_characters_without_a_token(clean: Encoder) -> None:
     assert count_spelt_in_bytes(clean, ["魚魚山 鳥\n"], 5) == [["魚", 2], ["鳥", 1]]
     assert count_spelt_in_bytes(clean, ["魚魚山 鳥\n"], 1) == [["魚", 2]]
