@@ -44,6 +44,7 @@ def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
     """Run a stage as the rank ``found``; return the exit code."""
     found.export(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))
+    _name_accelerator()
     run = validation.build_run(values)
     if not run.stage.single_process:
         rendezvous.check_world(found, run.config.cluster)
@@ -55,6 +56,14 @@ def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
         _claim(run.config, found)
         run.stage.run(Context(run.config, Path(run.config.run_dir)))
     return 0
+
+
+def _name_accelerator() -> None:
+    """Spare a machine without one DeepSpeed's search and its warning on every rank."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _run_together(run: Run, found: Rendezvous) -> None:

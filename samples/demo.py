@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 COMMON = [
     "data=samples",
-    "model=tiny",
     "engine=zero2",
     "cluster.gpus_per_node=2",
     "data.max_length=256",
@@ -39,17 +38,23 @@ def main() -> None:
     out = Path(os.environ.get("DEMO_DIR", "runs/demo"))
     store = f"data.store_dir={out}/store"
     make_base_tokenizer(out / "base_tokenizer")
-    base = [*COMMON, store, f"tokenizer.path={out}/base_tokenizer", f"run_dir={out}/base"]
+    base = [
+        *COMMON,
+        store,
+        "model=tiny",
+        f"tokenizer.path={out}/base_tokenizer",
+        f"run_dir={out}/base",
+    ]
     # Chinese has no weight here: it is measured, not trained.
     base += ["data.sources.zh_tw.weight=0", "loop.max_steps=80", "stage.sample_prompts=[The]"]
     kuroshio("run", "stage=pretrain", *base)
     export(out / "base", out / "base_model")
-    extension = ["data=samples", f"model.path={out}/base_model", "model.architecture=null"]
+    extension = ["data=samples", "model=folder", f"model.path={out}/base_model"]
     extension += ["data.sources.en.weight=0", "stage.vocab_size=1600", f"run_dir={out}/vocab"]
     kuroshio("run", "stage=vocab", *extension)
-    continued = [*COMMON, store, f"model.path={out}/vocab/model", "model.architecture=null"]
+    continued = [*COMMON, store, "model=folder", f"model.path={out}/vocab/model"]
     continued += ["loop.max_steps=120", "loop.eval_every=40", "loop.save_every=40"]
-    continued += ["stage.sample_prompts=[春天,The]", f"run_dir={out}/continued"]
+    continued += ['stage.sample_prompts=["春天","The"]', f"run_dir={out}/continued"]
     kuroshio("run", "stage=pretrain", *continued)
     export(out / "continued", out / "model")
     kuroshio("report", str(out / "continued"))

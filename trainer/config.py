@@ -275,7 +275,7 @@ def validate(config: RunConfig) -> list[str]:
         problems.append(
             "peft.mode=freeze needs peft.trainable, a regex of parameter names to train"
         )
-    if loop.global_batch_tokens % data.max_length:
+    if data.max_length > 1 and loop.global_batch_tokens % data.max_length:
         low = max(1, loop.global_batch_tokens // data.max_length) * data.max_length
         problems.append(
             f"loop.global_batch_tokens={loop.global_batch_tokens} is not a multiple of "
@@ -284,9 +284,31 @@ def validate(config: RunConfig) -> list[str]:
     for key in ("max_steps", "micro_batch_size", "log_every", "keep_last"):
         if getattr(loop, key) < 1:
             problems.append(f"loop.{key}={getattr(loop, key)}: expected 1 or more")
+    if data.max_length < 2:
+        problems.append(f"data.max_length={data.max_length}: expected 2 or more")
+    for key in ("min_chars", "num_processes"):
+        if getattr(data, key) < 0:
+            problems.append(f"data.{key}={getattr(data, key)}: expected 0 or more")
+    for key in ("nodes", "gpus_per_node"):
+        if getattr(config.cluster, key) < 1:
+            problems.append(f"cluster.{key}={getattr(config.cluster, key)}: expected 1 or more")
+    return problems + _check_shares(data)
+
+
+def _check_shares(data: DataConfig) -> list[str]:
+    """Return weights below 0 and shares outside 0..1."""
+    shares: dict[str, float | None] = {
+        "data.holdout_share": data.holdout_share,
+        "data.max_bad_row_share": data.max_bad_row_share,
+    }
+    problems = []
     for name, source in data.sources.items():
+        shares[f"data.sources.{name}.holdout_share"] = source.holdout_share
         if source.weight < 0:
             problems.append(f"data.sources.{name}.weight={source.weight}: expected 0 or more")
+    for key, share in shares.items():
+        if share is not None and not 0 <= share <= 1:
+            problems.append(f"{key}={share}: expected 0 to 1")
     return problems
 
 

@@ -12,7 +12,6 @@ from training_support import largest_difference, read_losses, read_masters, run_
 Vary = Callable[..., dict[str, Any]]
 
 
-
 def test_same_parameters_for_every_split_and_zero_stage(vary: Vary, tmp_path: Path) -> None:
     one = [
         {"config": vary(tmp_path / f"1x4_zero{stage}", engine__zero_stage=stage)}

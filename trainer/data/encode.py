@@ -63,6 +63,8 @@ class Encoder:
         self._backend = Tokenizer.from_str(spec.backend_json)
         self._backend.no_truncation()
         self._backend.no_padding()
+        # A text that merely spells "</s>" must not end a document.
+        self._backend.encode_special_tokens = True
         self.dtype = token_dtype(spec.num_ids)
         self._start = self._pack([spec.bos_token_id])
         self._end = self._pack([spec.eos_token_id])

@@ -82,7 +82,9 @@ def _storage_message(folder: Path, failure: Exception | None) -> str:
     while not where.exists():
         where = where.parent
     free = shutil.disk_usage(where).free
-    full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors keeps the number of the system's error in its message only.
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    full = any(f"rrno {n}]" in str(failure) or f"os error {n})" in str(failure) for n in numbers)
     cause = "disk full or quota reached" if full else f"{type(failure).__name__}: {failure}"
     return (
         f"checkpoint in {folder} was not saved: {cause} ({free / 1e6:.1f} MB free). Earlier "

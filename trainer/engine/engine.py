@@ -48,6 +48,8 @@ def init_distributed(local_rank: int, timeout_s: int) -> torch.device:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # An op for inference only; building it costs a start of a new machine minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # auto_mpi_discovery would import mpi4py and guess addresses.
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device

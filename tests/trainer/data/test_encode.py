@@ -45,7 +45,9 @@ def check_equal(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
 
 
 def plain_encodings(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list:
-    return tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # documents are text: nothing in them is a control token
+    return backend.encode_batch(texts, add_special_tokens=False)
 
 
 @pytest.fixture(scope="module", params=["trained", "llama2", "chinese-alpaca-2", "mistral"])
@@ -126,3 +128,16 @@ def test_pad_token_falls_back_to_the_end_token(english_tokenizer: Path) -> None:
 def test_ids_take_two_bytes_while_they_can() -> None:
     assert token_dtype(65_536) == np.uint16
     assert token_dtype(65_537) == np.uint32
+
+
+def test_spelt_special_token_stays_text(tmp_path: Path) -> None:
+    from tokenizer.load import save_tokenizer
+    from tokenizer.train import train_base
+
+    lines = [f"line {n} of a small corpus with some words" for n in range(200)]
+    tokenizer = save_tokenizer(train_base(lines, vocab_size=290), tmp_path / "tokenizer")
+    encoder = Encoder(EncoderSpec.of(tokenizer))
+    [ids] = (np.frombuffer(data, encoder.dtype) for data in encoder.encode(["a </s> b <s>"]))
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1].tolist())
+    assert tokenizer.decode(ids[1:-1]).strip() == "a </s> b <s>"
