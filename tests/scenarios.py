@@ -20,6 +20,7 @@ import torch
 
 from trainer.config import load_config
 from trainer.data.collate import Batch, Row, collate
+from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.stage import Context
 from trainer.stages.pretrain import Pretrain
@@ -65,6 +66,18 @@ class Scenario(Pretrain):
         return count
 
 
+def kill_in_save(step: int) -> None:
+    """Make the save of ``step`` end with SIGKILL after all files are written, before the rename."""
+    commit = checkpoint._commit
+
+    def commit_or_die(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+        if manifest["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(aside, final, manifest)
+
+    checkpoint._commit = commit_or_die
+
+
 def main(path: str) -> None:
     if "fp16" in Path(path).read_text():  # torch computes it on a CPU; DeepSpeed refuses to try
         from deepspeed.accelerator import get_accelerator
@@ -75,6 +88,8 @@ def main(path: str) -> None:
     logging.basicConfig(level=logging.WARNING)
     init_distributed(local_rank, 300)
     for scenario in json.loads(Path(path).read_text()):
+        if "kill_in_save" in scenario:
+            kill_in_save(scenario["kill_in_save"])
         config = load_config(scenario["config"])
         stage = Scenario(**{k: v for k, v in config.stage.items() if k not in ("name",)})
         stage.twist = scenario

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
@@ -21,6 +22,8 @@ from trainer.metrics.sinks import Sinks
 from trainer.numerics import FiniteGuard
 from trainer.signals import StopRequest
 from trainer.stage import Context, Stage
+
+LOG = logging.getLogger(__name__)
 
 
 class TrainStage(Stage):
@@ -82,6 +85,9 @@ def fit(stage: TrainStage, context: Context) -> None:
     with StopRequest().listening() as stop:
         last = checkpoint.find_newest(folder)
         step = last.step if last else 0
+        if step >= loop.max_steps:
+            LOG.warning("%s is finished at step %d: nothing to do", context.run_dir, step)
+            return
         with closing(stage.setup(context, step)) as sinks:
             if last:
                 checkpoint.load(stage.policy, last)
@@ -129,5 +135,5 @@ def save(stage: TrainStage, context: Context, sinks: Sinks, step: int) -> None:
     with stage.meters.pause():
         path = checkpoint.save(stage.policy, folder, step, stage.state())
         if context.rank == 0:
-            checkpoint.rotate(folder, keep_last=loop.keep_last, keep_every=loop.keep_every)
+            checkpoint.rotate(folder, step, keep_last=loop.keep_last, keep_every=loop.keep_every)
     sinks.event(step, "save", checkpoint=path.name)

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 INITS = ("subpiece_mean", "mean", "normal")
-COMPARED_STEPS = 40
+COMPARED_STEPS = 60
 
 
 def main() -> None:

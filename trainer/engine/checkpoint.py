@@ -54,11 +54,12 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path
     state = {"adam_step": get_adam_step(engine.optimizer), "scaler": engine.scaler_state(), **state}
     _together(lambda: _start(aside) if engine.rank == 0 else None, folder, aside)
     _together(lambda: _write_rank(engine, aside), folder, aside)
-    if engine.rank == 0:
-        manifest = _describe(engine, aside, step, state)
-        _together(lambda: _commit(aside, final, manifest), folder, aside)
-    else:
-        _together(lambda: None, folder, aside)
+
+    def commit() -> None:
+        if engine.rank == 0:
+            _commit(aside, final, _describe(engine, aside, step, state))
+
+    _together(commit, folder, aside)
     return final
 
 
@@ -295,17 +296,18 @@ def _compare_names(trainable: dict[str, Any], saved: dict[str, Any], path: Path)
         )
 
 
-def rotate(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints on rank 0 after a commit; return what was deleted.
+def rotate(folder: Path, committed: int, *, keep_last: int, keep_every: int) -> list[Path]:
+    """Delete old checkpoints on rank 0 after the commit of a step; return what was deleted.
 
     The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every`` (0 = none).
+    Checkpoints beyond ``committed`` are the damaged ones that this life walked back over.
     """
-    deleted = []
-    for path in list_steps(folder)[keep_last:]:
-        step = int(path.name.removeprefix("step_"))
-        if not (keep_every and step % keep_every == 0):
-            shutil.rmtree(path)
-            deleted.append(path)
+    steps = {path: int(path.name.removeprefix("step_")) for path in list_steps(folder)}
+    ahead = [path for path, step in steps.items() if step > committed]
+    old = [path for path, step in steps.items() if step <= committed][keep_last:]
+    deleted = ahead + [p for p in old if not (keep_every and steps[p] % keep_every == 0)]
+    for path in deleted:
+        shutil.rmtree(path)
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
     return deleted

@@ -7,6 +7,7 @@ the summed loss divided by the global number of targets and gets exactly its gra
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -29,8 +30,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's INFO lines out of the log; its warnings stay."""
+    """Keep DeepSpeed's INFO lines, and torch's notices to its authors, out of the log."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def init_distributed(local_rank: int, timeout_s: int) -> torch.device:
