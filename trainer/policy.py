@@ -10,7 +10,7 @@ import torch
 from tokenizer.load import num_ids, save_tokenizer, sentencepiece_file
 from trainer.config import grad_accum_steps
 from trainer.engine.ds_config import ModelSize, make_ds_config
-from trainer.engine.engine import DTYPES, Engine, choose_precision, partitioned_loading, prepare_ops
+from trainer.engine.engine import DTYPES, Engine, choose_precision, partitioning, prepare_ops
 from trainer.models.adapters import apply_peft
 from trainer.models.aside import written_aside
 from trainer.models.head import install_fused_head, supports_fused_head
@@ -47,8 +47,8 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
         on_cuda=torch.cuda.is_available(),
     )
     seed = config.loop.seed
-    with partitioned_loading(ds_config):
-        model = load_model(config.model, model_config, DTYPES[precision], seed)
+    split = partitioning(ds_config)
+    model = load_model(config.model, model_config, DTYPES[precision], seed, split)
     if supports_fused_head(model):
         install_fused_head(model, num_ids(tokenizer))
     torch.manual_seed(seed)  # adapters start equal on every rank

@@ -16,6 +16,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -282,7 +283,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         for kind, view in fragment.tensors().items():
             view.copy_(reader.read(fragment.name, kind, fragment.offset, fragment.numel))
     for name, param in trainable.items():
-        engine.set_low_precision(param, reader.read_whole(name))
+        engine.set_low_precision(param, partial(reader.read_whole, name))
     set_adam_step(engine.optimizer, checkpoint.state["adam_step"])
     engine.load_scaler_state(checkpoint.state["scaler"])
 

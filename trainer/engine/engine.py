@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
 from trainer.config import EngineConfig, OptimConfig
 from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments
@@ -80,28 +81,38 @@ def prepare_ops(engine: EngineConfig, local_rank: int) -> None:
     build_ops(needed_ops(engine), local_rank, load)
 
 
-def partitioned_loading(ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Make transformers create and load models already partitioned (ZeRO-3), else do nothing."""
-    if ds_config["zero_optimization"]["stage"] != 3:
-        return nullcontext()
-    return _zero3_loading(ds_config)
+@dataclass(frozen=True)
+class Partitioning:
+    """How ZeRO-3 creates and fills parameters that no rank ever holds whole."""
+
+    ds_config: dict[str, Any]
+
+    @contextmanager
+    def construction(self) -> Iterator[None]:
+        """Split every parameter over the ranks as soon as its module is constructed."""
+        with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=self.ds_config):
+            yield
+
+    @contextmanager
+    def transformers_loading(self) -> Iterator[None]:
+        """Let ``from_pretrained`` split what it loads (it may hold a whole copy on the way)."""
+        registration = HfDeepSpeedConfig(self.ds_config)  # transformers refers to it weakly
+        try:
+            yield
+        finally:
+            del registration
+
+    @staticmethod
+    def fill(param: torch.nn.Parameter, read: Callable[[], torch.Tensor]) -> None:
+        """Set one split parameter from its full value, which rank 0 alone reads."""
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
+            if dist.get_rank() == 0:
+                param.data.copy_(read().view(param.shape))
 
 
-@contextmanager
-def _zero3_loading(ds_config: dict[str, Any]) -> Iterator[None]:
-    registration = HfDeepSpeedConfig(ds_config)  # transformers holds it by weak reference
-    try:
-        yield
-    finally:
-        del registration
-
-
-@contextmanager
-def gathered(params: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Hold the full values of ZeRO-3 parameters for reading; a no-op for ordinary ones."""
-    partitioned = [p for p in params if "ds_id" in vars(p)]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield
+def partitioning(ds_config: dict[str, Any]) -> Partitioning | None:
+    """Return how models are loaded under ZeRO-3, None for the other stages."""
+    return Partitioning(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
 
 
 class Engine:
@@ -225,14 +236,14 @@ class Engine:
         return {n.removeprefix(self._prefix): p for n, p in named if p.requires_grad}
 
     @torch.no_grad()
-    def set_low_precision(self, param: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Set the model's own copy of ``param`` from its full fp32 ``value`` (on every rank)."""
-        partitioned = [param] if "ds_id" in vars(param) else []
-        with deepspeed.zero.GatheredParameters(
-            partitioned, modifier_rank=0, enabled=bool(partitioned)
-        ):
-            if not partitioned or self.rank == 0:
-                param.data.copy_(value.view(param.shape))
+    def set_low_precision(
+        self, param: torch.nn.Parameter, read: Callable[[], torch.Tensor]
+    ) -> None:
+        """Set the model's own copy of ``param`` from its full fp32 value."""
+        if "ds_id" in vars(param):
+            Partitioning.fill(param, read)
+        else:
+            param.data.copy_(read().view(param.shape))
 
     def scaler_state(self) -> dict[str, float]:
         """Return fp16's loss-scale state as numbers (empty otherwise)."""

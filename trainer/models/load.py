@@ -1,24 +1,32 @@
 """Models from a folder or from scratch, ready for any ZeRO stage.
 
-Under ZeRO-3 the caller opens the engine's ``partitioned_loading`` around ``load_model``; then
-transformers creates and fills the parameters already partitioned and no rank ever holds the whole
-model.
+Under ZeRO-3 parameters are split over the ranks as their modules are constructed and filled one at
+a time, so that no rank ever holds the whole model.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-from contextlib import nullcontext
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import initialize_weights_zero3
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
+TRIM_BYTES = 1 << 26
 
 
 def read_architecture(model: ModelConfig) -> dict[str, Any]:
@@ -68,8 +76,25 @@ def measure(config: PretrainedConfig) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
+class Partitioning(Protocol):
+    """What the engine offers to load a model that no rank holds whole (ZeRO-3)."""
+
+    def construction(self) -> AbstractContextManager[None]:
+        """Split parameters as they are constructed."""
+
+    def transformers_loading(self) -> AbstractContextManager[None]:
+        """Let transformers split what it loads."""
+
+    def fill(self, param: torch.nn.Parameter, read: Callable[[], torch.Tensor]) -> None:
+        """Set a split parameter from its full value."""
+
+
 def load_model(
-    model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype, seed: int
+    model: ModelConfig,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    partitioning: Partitioning | None = None,
 ) -> PreTrainedModel:
     """Load or create the model in ``dtype``; the same weights on every rank and ZeRO stage.
 
@@ -78,19 +103,65 @@ def load_model(
         config: from ``make_config``.
         dtype: of the weights.
         seed: of the initial weights of a model from scratch.
+        partitioning: the engine's, under ZeRO-3.
     """
-    if model.path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
-    partitioned = is_deepspeed_zero3_enabled()
-    torch.manual_seed(seed)
-    # Constructors would draw numbers of their own, which zero.Init's do not.
-    with nullcontext() if partitioned else no_init_weights():
+    if model.path is not None and partitioning is None:
+        return _from_folder(model.path, dtype)
+    # Constructors would draw numbers and fill memory that are thrown away.
+    with partitioning.construction() if partitioning else nullcontext(), no_init_weights():
         created = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    if not partitioned:
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            created.initialize_weights()
-        created.tie_weights()
+    if model.path is None:
+        _initialise(created, seed, partitioning is not None)
+    elif partitioning and not _stream(created, Path(model.path), partitioning):
+        LOG.warning(
+            "the parameters of %s are stored under other names or shapes: transformers converts "
+            "them and may need memory for a whole copy per rank",
+            model.path,
+        )
+        with partitioning.transformers_loading():
+            return _from_folder(model.path, dtype)
     return created
+
+
+def _from_folder(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
+
+
+def _initialise(model: PreTrainedModel, seed: int, partitioned: bool) -> None:
+    """Draw the initial weights, in the same order with and without ZeRO-3."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        initialize_weights_zero3(model) if partitioned else model.initialize_weights()
+    model.tie_weights()
+
+
+def _stream(model: PreTrainedModel, folder: Path, partitioning: Partitioning) -> bool:
+    """Fill a split model one parameter at a time; return False if its files name others."""
+    model.tie_weights()
+    params = dict(model.named_parameters())
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    stored = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = safe_open(path, "pt")
+        stored.update(dict.fromkeys(file.keys(), file))
+    shapes = {n: list(vars(p).get("ds_shape", p.shape)) for n, p in params.items()}
+    same = all(n in stored and stored[n].get_slice(n).get_shape() == shapes[n] for n in params)
+    if not same or stored.keys() - everything.keys():
+        return False
+    since_trim = 0
+    for name, param in params.items():
+        partitioning.fill(param, partial(stored[name].get_tensor, name))
+        since_trim += math.prod(shapes[name]) * param.element_size()
+        if since_trim > TRIM_BYTES:
+            _return_freed_memory()
+            since_trim = 0
+    return True
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system; glibc would keep it, up to a whole copy in the end."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if trim is not None:
+        trim(0)
