@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # exporting reads checkpoints without DeepSpeed
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
-KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path:
