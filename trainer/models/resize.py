@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +124,6 @@ def model_bytes(model_folder: str | Path) -> int:
     """Return the bytes of the model's safetensors files."""
     folder = Path(model_folder)
     return sum((folder / name).stat().st_size for name in shard_names(folder))
-
-
-def body_params(model_folder: str | Path) -> int:
-    """Count the parameters outside the vocabulary matrices, from headers alone."""
-    headers = _read_headers(Path(model_folder))
-    ours = set(_vocabulary_tensors(headers))
-    return sum(
-        prod(entry["shape"])
-        for header in headers.values()
-        for name, entry in header.items()
-        if name not in ours
-    )
 
 
 def shard_names(model_folder: Path) -> list[str]:

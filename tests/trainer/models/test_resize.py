@@ -22,7 +22,7 @@ from tokenizer.merge import merge_clean
 from tokenizer.train import train_pieces
 from trainer.errors import ConfigError, StorageError
 from trainer.models.new_rows import iterate_new_rows, mean_row, relate_vocabularies
-from trainer.models.resize import body_params, model_bytes, resize_model
+from trainer.models.resize import model_bytes, resize_model
 
 REPO = Path(__file__).resolve().parents[3]
 CHINESE = ["山水之間有人家，人家之間有山水。今天天氣好，明天天氣也好。"] * 3
@@ -94,7 +94,6 @@ def test_equals_a_resize_of_the_loaded_model(
         assert torch.equal(value, actual[name]), name
     ids = torch.arange(0, result.embedding_rows, 7)[None]
     assert torch.equal(model(ids).logits, resized(ids).logits)
-    assert body_params(source) == body_params(tmp_path / "out")
     check_pair(tmp_path / "out", new)
 
 
