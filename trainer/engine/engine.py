@@ -21,7 +21,12 @@ from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
 from trainer.config import EngineConfig, OptimConfig
-from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments
+from trainer.engine.fragments import (
+    Fragment,
+    basic_optimizer,
+    iterate_fragments,
+    set_adam_step,
+)
 from trainer.engine.ops import build_ops, needed_ops
 from trainer.errors import ConfigError, NumericsError
 
@@ -147,6 +152,11 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        # Some of DeepSpeed's optimizers begin with a step on zero gradients: the learning rate of 0
+        # left the weights as they were, and Adam's bias correction must not count it.
+        set_adam_step(self.optimizer, 0)
+        if self.world_size == 1 and engine.zero_stage == 0:
+            self.engine.enable_backward_allreduce = False  # copies all gradients twice, for nothing
         self.device = self.engine.device
         self.names = {id(param): name for name, param in self.trainable().items()}
         self._grad_norm: torch.Tensor | float | None = None
@@ -270,7 +280,10 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")
 def make_optimizer(
     model: torch.nn.Module, engine: EngineConfig, optim: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Return AdamW (arXiv:1711.05101) over two groups: decayed matrices, undecayed vectors."""
+    """Return AdamW (arXiv:1711.05101) over two groups: decayed matrices, undecayed vectors.
+
+    Its learning rate is 0 until ``Engine.step`` sets one.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ConfigError("no parameter is trained: check peft.mode and peft.trainable")
@@ -280,7 +293,7 @@ def make_optimizer(
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     groups = [g for g in groups if g["params"]]
     if engine.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds on import of its op only
