@@ -56,7 +56,8 @@ def make_ds_config(
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
-        config["communication_data_type"] = "fp32"  # 8 bits of mantissa do not survive many ranks
+        if world_size > 1:  # a rank alone would only convert there and back
+            config["communication_data_type"] = "fp32"  # 8 bits do not survive many ranks
     if precision == "fp16":
         config["fp16"] = {
             "enabled": True,
@@ -83,6 +84,9 @@ def _zero(engine: EngineConfig, size: ModelSize, world_size: int, on_cuda: bool)
         "overlap_comm": on_cuda,
         "contiguous_gradients": True,
     }
+    if engine.zero_stage in (1, 2):
+        # What DeepSpeed calls scatter here is an all-reduce as well, with three copies around it.
+        zero["reduce_scatter"] = False
     if engine.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 10**9}
     if engine.offload_optimizer != "none":
