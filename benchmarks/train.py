@@ -2,21 +2,23 @@
 
     python benchmarks/train.py                       # CPU or the first GPU; 3 minutes on 2 cores
     python benchmarks/train.py --precision fp32 --engines zero2 --ranks 2
+    OMP_NUM_THREADS=1 python benchmarks/train.py     # threads that wait for a busy core spin: this
+                                                     # keeps the waiting out of the processor time
 
 The bare loop is what one would write by hand: transformers' model and its own loss, the loader's
 rows, AdamW(fused=True) over two groups, gradient clipping, the same learning rates, one
 ``loss.item()`` a step; DistributedDataParallel around the model on several ranks. In bf16 and fp16
 the weights are of that precision and the optimizer works on an fp32 copy of them, as ours does;
 torch.autocast would be other arithmetic (it casts the fp32 weights in every forward) and is not
-compared. Gradients of several micro-batches add up in the precision of the weights; ZeRO-1 and 2 add
-them in fp32.
+compared. Gradients of several micro-batches add up in the precision of the weights, as under
+ZeRO-0; ZeRO-1 and 2 add them in fp32.
 
 Ours is the ``pretrain`` stage under ``fit``, with its log lines, ``metrics.jsonl`` and guards.
-Every variant has processes of its own, all are alive at once and take turns of a few steps, so that
-what else the machine does meets them alike. The median over the turns counts, in wall time and in
-processor time of all threads and ranks. Memory is the peak of one rank above what it held before the
-model was made: resident memory on a CPU, allocated memory on a GPU. Prints a table, then one line of
-JSON.
+Every variant has processes of its own, all are alive at once and take turns of a few steps, so
+that what else the machine does meets them alike. The median over the turns counts, in wall time
+and in processor time of all threads and ranks. Memory is the peak of one rank above what it held
+before the model was made: resident memory on a CPU, allocated memory on a GPU. Prints a table, then
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -121,7 +123,11 @@ def describe(figures: dict[str, dict[str, Any]], args: argparse.Namespace) -> di
             f"{own['cpu_speed_ratio']:.3f} and {own['memory_ratio']:.2f} of bare; "
             f"loss {own['loss']:.4f}"
         )
-    return {"benchmark": "train", "options": {k: str(v) for k, v in vars(args).items()}, "results": figures}
+    return {
+        "benchmark": "train",
+        "options": {k: str(v) for k, v in vars(args).items()},
+        "results": figures,
+    }
 
 
 def ratio(bare: list[float], ours: list[float]) -> float:
@@ -145,12 +151,12 @@ class RankGroup:
         for rank in range(num_ranks):
             case = {"variant": name, "values": values, "steps": steps}
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
-            environ = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": threads, **place}
+            environ = {"OMP_NUM_THREADS": str(threads), **os.environ, "MASTER_ADDR": "127.0.0.1"}
             command = [sys.executable, __file__, "--rank", json.dumps(case)]
             self.ranks.append(
                 subprocess.Popen(
                     command,
-                    env=os.environ | {key: str(value) for key, value in environ.items()},
+                    env=environ | {key: str(value) for key, value in place.items()},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=(folder / f"{name}.{rank}.log").open("w"),
