@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
 
     checkpoint = _choose(options.run / "checkpoints", options.step)
     with written_aside(options.out) as folder:
-        num_params, precision = _write_model(config, options, checkpoint, folder)
-        _write_card(config, options.run, checkpoint, folder, num_params, precision)
+        num_params, precision, num_padding = _write_model(config, options, checkpoint, folder)
+        _write_card(config, options.run, checkpoint, folder, num_params, precision, num_padding)
     print(f"{options.out}: {num_params:,} parameters in {precision}, step {checkpoint.step}")
     return 0
 
@@ -69,8 +69,8 @@ def _choose(folder: Path, step: int | None) -> Checkpoint:
 
 def _write_model(
     config: RunConfig, options: argparse.Namespace, checkpoint: Checkpoint, folder: Path
-) -> tuple[int, str]:
-    """Write weights, config, generation config and tokenizer; return (parameters, precision)."""
+) -> tuple[int, str, int]:
+    """Write weights, configs and tokenizer; return (parameters, precision, padding rows)."""
     import torch
     from rich.progress import track
     from transformers import GenerationConfig
@@ -79,7 +79,7 @@ def _write_model(
     from tokenizer.load import save_tokenizer as save
     from trainer.engine.checkpoint import Reader
     from trainer.models.export import Weights, write_shards
-    from trainer.models.load import make_config
+    from trainer.models.load import find_aliases, make_config
 
     tokenizer_path = options.run / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_path)
@@ -92,7 +92,8 @@ def _write_model(
     reader = Reader(checkpoint)
     base = Path(config.model.path) if config.model.path else None
     scale = config.peft.alpha / config.peft.rank
-    weights = Weights(reader.shapes, reader.read_whole, base, scale)
+    aliases = find_aliases(model_config)
+    weights = Weights(reader.shapes, reader.read_whole, base, scale, aliases)
     num_params = write_shards(
         weights,
         folder,
@@ -108,7 +109,7 @@ def _write_model(
     model_file = sentencepiece_file(tokenizer_path)
     save(tokenizer, folder, model_file.read_bytes() if model_file else None)
     write_pair_manifest(folder, folder)
-    return num_params, precision
+    return num_params, precision, len(padding)
 
 
 def _write_card(
@@ -118,6 +119,7 @@ def _write_card(
     folder: Path,
     num_params: int,
     precision: str,
+    num_padding: int,
 ) -> None:
     """Write README.md: data, hyperparameters and what was measured."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -138,6 +140,7 @@ def _write_card(
         num_ranks=checkpoint.manifest["world_size"],
         zero_stage=checkpoint.manifest["zero_stage"],
         shares=_shares(config),
+        num_padding=num_padding,
         first=evaluations[0] if evaluations else None,
         last=evaluations[-1] if evaluations else None,
     )

@@ -104,7 +104,10 @@ def _rhythm(config: RunConfig) -> list[Row]:
         kept += f" and every {loop.keep_every}th step"
     return [
         ("learning rate", shape),
-        ("evaluation", f"{_times(loop.eval_every, loop.max_steps)}, {loop.eval_tokens:,} tokens"),
+        (
+            "evaluation",
+            f"{_times(loop.eval_every, loop.max_steps)}, {loop.eval_chars:,} characters a source",
+        ),
         ("checkpoints", f"{_times(loop.save_every, loop.max_steps)}, {kept}"),
     ]
 

@@ -22,6 +22,8 @@ from trainer.config import load_config
 from trainer.data.collate import Batch, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
+from trainer.metrics.sinks import Sinks
+from trainer.signals import StopRequest
 from trainer.stage import Context
 from trainer.stages.pretrain import Pretrain
 
@@ -53,9 +55,24 @@ class Scenario(Pretrain):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._step == self.twist.get("nan_at") and last:
             return super().loss(batch) * float("nan")
-        return super().loss(batch)
+        loss = super().loss(batch)
+        if self._step == self.twist.get("nan_gradient_at") and last:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        if self._step == self.twist.get("overflow_at") and last:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
     _step = -1
+
+    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> bool:
+        if step == self.twist.get("signal_in_evaluation") and self.context.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().evaluate(sinks, step, stop)
+
+    def setup(self, context: Context, sinks_step: int) -> Sinks:
+        if self.twist.get("signal_at_start") and context.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().setup(context, sinks_step)
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
         self._step = step
@@ -64,6 +81,18 @@ class Scenario(Pretrain):
         count = super().train_step(step, batches)
         self._step = -1
         return count
+
+
+def kill_between_renames() -> None:
+    """Make a save die when the old folder of its step is aside and the new one not yet there."""
+    rename = Path.rename
+
+    def rename_or_die(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp") and self.name.startswith(".step_"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.rename = rename_or_die
 
 
 def kill_in_save(step: int) -> None:
@@ -90,6 +119,8 @@ def main(path: str) -> None:
     for scenario in json.loads(Path(path).read_text()):
         if "kill_in_save" in scenario:
             kill_in_save(scenario["kill_in_save"])
+        if scenario.get("kill_between_renames"):
+            kill_between_renames()
         config = load_config(scenario["config"])
         stage = Scenario(**{k: v for k, v in config.stage.items() if k not in ("name",)})
         stage.twist = scenario

@@ -78,7 +78,7 @@ def base_config(
             "max_steps": 5,
             "micro_batch_size": 2,
             "global_batch_tokens": 96 * 8,
-            "eval_tokens": 0,
+            "eval_chars": 0,
             "keep_last": 9,
         },
         "log": {},

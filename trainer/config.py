@@ -122,7 +122,7 @@ class LoopConfig:
     global_batch_tokens: int = 8192  # tokens of one optimizer step over all ranks
     log_every: int = 1
     eval_every: int = 0  # 0 = at the end only
-    eval_tokens: int = 100_000  # per source, at most
+    eval_chars: int = 100_000  # per source, at most; 0 = no evaluation
     save_every: int = 0  # 0 = at the end only
     keep_last: int = 2  # checkpoints kept, newest first
     keep_every: int = 0  # steps; checkpoints at multiples are never deleted (0 = none)
@@ -142,7 +142,6 @@ class LogConfig:
 class ClusterConfig:
     """Machines of a run."""
 
-    name: str = "local"
     nodes: int = 1
     gpus_per_node: int = 1  # ranks a node; on a CPU machine, processes
     timeout_s: int = 1800  # collective timeout
@@ -165,6 +164,36 @@ class RunConfig:
     loop: LoopConfig
     log: LogConfig
     cluster: ClusterConfig
+
+
+# Smallest value of a key, where any number from there on makes sense.
+LOWEST: dict[str, int] = {
+    "model.pad_vocab_to": 1,
+    "data.max_length": 2,
+    "data.min_chars": 0,
+    "data.num_processes": 0,
+    "engine.initial_loss_scale_power": 0,
+    "engine.loss_scale_window": 1,
+    "engine.min_loss_scale": 1,
+    "optim.lr": 0,
+    "optim.weight_decay": 0,
+    "optim.grad_clip": 0,
+    "schedule.warmup_steps": 0,
+    "peft.rank": 1,
+    "loop.max_steps": 1,
+    "loop.micro_batch_size": 1,
+    "loop.global_batch_tokens": 2,
+    "loop.log_every": 1,
+    "loop.eval_every": 0,
+    "loop.eval_chars": 0,
+    "loop.save_every": 0,
+    "loop.keep_last": 1,
+    "loop.keep_every": 0,
+    "loop.seed": 0,
+    "cluster.nodes": 1,
+    "cluster.gpus_per_node": 1,
+    "cluster.timeout_s": 1,
+}
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -281,27 +310,29 @@ def validate(config: RunConfig) -> list[str]:
             f"loop.global_batch_tokens={loop.global_batch_tokens} is not a multiple of "
             f"data.max_length={data.max_length}; use {low} or {low + data.max_length}"
         )
-    for key in ("max_steps", "micro_batch_size", "log_every", "keep_last"):
-        if getattr(loop, key) < 1:
-            problems.append(f"loop.{key}={getattr(loop, key)}: expected 1 or more")
-    if data.max_length < 2:
-        problems.append(f"data.max_length={data.max_length}: expected 2 or more")
-    for key in ("min_chars", "num_processes"):
-        if getattr(data, key) < 0:
-            problems.append(f"data.{key}={getattr(data, key)}: expected 0 or more")
-    for key in ("nodes", "gpus_per_node"):
-        if getattr(config.cluster, key) < 1:
-            problems.append(f"cluster.{key}={getattr(config.cluster, key)}: expected 1 or more")
-    return problems + _check_shares(data)
+    for key, low in LOWEST.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value < low:
+            problems.append(f"{key}={value}: expected {low} or more")
+    return problems + _check_shares(config)
 
 
-def _check_shares(data: DataConfig) -> list[str]:
+def _check_shares(config: RunConfig) -> list[str]:
     """Return weights below 0 and shares outside 0..1."""
+    data, optim, schedule = config.data, config.optim, config.schedule
     shares: dict[str, float | None] = {
         "data.holdout_share": data.holdout_share,
         "data.max_bad_row_share": data.max_bad_row_share,
+        "schedule.min_lr_ratio": schedule.min_lr_ratio,
+        "schedule.decay_share": schedule.decay_share,
+        "peft.dropout": config.peft.dropout,
     }
     problems = []
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        problems.append(f"optim.betas={optim.betas}: expected two numbers, 0 or more and below 1")
+    if optim.eps <= 0:
+        problems.append(f"optim.eps={optim.eps}: expected more than 0")
     for name, source in data.sources.items():
         shares[f"data.sources.{name}.holdout_share"] = source.holdout_share
         if source.weight < 0:

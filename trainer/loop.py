@@ -62,8 +62,9 @@ class TrainStage(Stage):
         """Return what resumes besides the engine, as JSON-able data equal on all ranks."""
         raise NotImplementedError
 
-    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> None:
-        """Measure on held-out data and record it; give up early when a stop is agreed."""
+    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> bool:
+        """Measure on held-out data and record it; return False if a stop was agreed meanwhile."""
+        raise NotImplementedError
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
         """Do one optimizer step; return the targets it was averaged over, of all ranks."""
@@ -75,7 +76,7 @@ class TrainStage(Stage):
             self.policy.step(self.lr(step))
             self.bag.add_ratio("loss", loss.detach(), self.num_targets(batch))
             self.guard.watch(step, batch.sample_ids, loss.detach())
-        self.guard.end_step(self.policy.overflowed())
+        self.guard.end_step(step, self.policy.grad_norm(), self.policy.overflowed())
         return count
 
 
@@ -85,30 +86,42 @@ def fit(stage: TrainStage, context: Context) -> None:
     with StopRequest().listening() as stop:
         last = checkpoint.find_newest(folder)
         step = last.step if last else 0
-        if step >= loop.max_steps:
+        evaluated = bool(last and step and last.state["evaluated"])
+        if step >= loop.max_steps and evaluated:
             LOG.warning("%s is finished at step %d: nothing to do", context.run_dir, step)
             return
         with closing(stage.setup(context, step)) as sinks:
-            if last:
-                checkpoint.load(stage.policy, last)
-                sinks.event(step, "resume", checkpoint=last.path.name)
             batches = stage.batches(last.state if last else None)
-            if not last:
-                stage.evaluate(sinks, 0, stop)
+            if last:
+                with stage.meters.pause():
+                    checkpoint.load(stage.policy, last)
+                stage.guard.num_overflows = last.state["num_overflows"]
+                sinks.event(step, "resume", checkpoint=last.path.name)
+            is_saved = bool(last) and evaluated
+            evaluated = evaluated or evaluate_if_due(stage, sinks, step, stop, loop)
             while step < loop.max_steps and not any_over_ranks(stop.requested):
                 num_tokens = stage.train_step(step, batches)
                 step += 1
                 stage.meters.step(num_tokens)
                 if is_due(step, loop.log_every, loop):
                     log(stage, sinks, step)
-                if is_due(step, loop.eval_every, loop):
-                    stage.evaluate(sinks, step, stop)
-                if is_due(step, loop.save_every, loop):
-                    save(stage, context, sinks, step)
-            if step < loop.max_steps:
-                if not is_due(step, loop.save_every, loop):
-                    save(stage, context, sinks, step)
+                evaluated = evaluate_if_due(stage, sinks, step, stop, loop)
+                is_saved = is_due(step, loop.save_every, loop)
+                if is_saved:
+                    save(stage, context, sinks, step, evaluated)
+            if not is_saved:
+                save(stage, context, sinks, step, evaluated)
+            if step < loop.max_steps or not evaluated:
                 raise StopRequestedError(step, stop.signal_name)
+
+
+def evaluate_if_due(
+    stage: TrainStage, sinks: Sinks, step: int, stop: StopRequest, loop: LoopConfig
+) -> bool:
+    """Return whether nothing is left to evaluate at ``step``; it is redone after a stop."""
+    if step and not is_due(step, loop.eval_every, loop):
+        return True
+    return stage.evaluate(sinks, step, stop)
 
 
 def is_due(step: int, every: int, loop: LoopConfig) -> bool:
@@ -120,20 +133,21 @@ def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
     """Bring the figures of the last steps to the host once, and record them."""
     policy = stage.policy
     metrics = stage.bag.drain(sum_tensor)
-    stage.guard.check(metrics["loss"], policy.grad_norm())
-    metrics |= {"lr": stage.lr(step - 1), "grad_norm": policy.grad_norm()}
+    stage.guard.check()
+    metrics |= {"lr": stage.lr(step - 1), "grad_norm": float(policy.grad_norm())}
     if policy.precision == "fp16":
         metrics |= {"loss_scale": policy.loss_scale(), "num_overflows": stage.guard.num_overflows}
     metrics["tokens"] = stage.state()["tokens"]
     sinks.train(step, metrics | stage.meters.read(step))
 
 
-def save(stage: TrainStage, context: Context, sinks: Sinks, step: int) -> None:
+def save(stage: TrainStage, context: Context, sinks: Sinks, step: int, evaluated: bool) -> None:
     """Commit a checkpoint of finite weights, then delete old ones."""
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
-    stage.guard.check_weights()
+    stage.guard.check()
+    state = {**stage.state(), "evaluated": evaluated, "num_overflows": stage.guard.num_overflows}
     with stage.meters.pause():
-        path = checkpoint.save(stage.policy, folder, step, stage.state())
+        path = checkpoint.save(stage.policy, folder, step, state)
         if context.rank == 0:
             checkpoint.rotate(folder, step, keep_last=loop.keep_last, keep_every=loop.keep_every)
     sinks.event(step, "save", checkpoint=path.name)

@@ -56,7 +56,7 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
     if config.engine.activation_checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
         adapted.enable_input_require_grads()
-    wrapped = LanguageModel(adapted).train()
+    wrapped = LanguageModel(adapted, num_ids(tokenizer)).train()
     engine = Engine(wrapped, config.engine, config.optim, ds_config, precision, PREFIX)
     return engine, model_config.to_dict()
 

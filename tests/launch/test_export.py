@@ -40,7 +40,7 @@ def exported(
         config["run_dir"] = str(folder / f"run_{name}")
         config["model"]["architecture"]["tie_word_embeddings"] = name == "tied"
         config["engine"]["zero_stage"] = 3
-        config["loop"] |= {"max_steps": 3, "eval_tokens": 2000}
+        config["loop"] |= {"max_steps": 3, "eval_chars": 2000}
         configs[name] = config
     done = run_scenarios([{"config": c} for c in configs.values()], 2, folder)
     assert done.returncode == 0, done.stdout
@@ -122,6 +122,29 @@ def merge_with_peft(base: Path, saved: dict[str, torch.Tensor]) -> Any:
     _, unexpected = adapted.load_state_dict(saved, strict=False)
     assert not unexpected
     return adapted.merge_and_unload()
+
+
+def test_stored_copy_of_a_tied_weight_is_left_out(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from trainer.models.export import Weights
+
+    stale = {"embed.weight": torch.zeros(4, 2), "lm_head.weight": torch.zeros(4, 2)}
+    save_file(stale, tmp_path / "model.safetensors")
+    trained = torch.ones(4, 2)
+    weights = Weights(
+        {"embed.weight": [4, 2]}, lambda _: trained, tmp_path, 1.0, aliases={"lm_head.weight"}
+    )
+    assert weights.shapes == {"embed.weight": [4, 2]}
+    assert torch.equal(weights.read("embed.weight"), trained)
+
+
+def test_adapters_that_cannot_be_merged_are_not_dropped(tmp_path: Path) -> None:
+    from trainer.models.export import Weights
+
+    names = ["base_model.model.embed.lora_embedding_A", "base_model.model.q.lora_A.default.weight"]
+    with pytest.raises(CheckpointError, match="2 adapters are not of linear layers"):
+        Weights({name: [2, 4] for name in names}, torch.zeros, None, 1.0)
 
 
 def test_what_cannot_be_exported_says_why(exported: dict[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_secret_keys(key: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["loop.max_tokens", "loop.eval_tokens", "loop.global_batch_tokens", "tokenizer.path",
+    ["loop.max_tokens", "loop.eval_chars", "loop.global_batch_tokens", "tokenizer.path",
      "model.architecture.num_key_value_heads", "loop.keep_every", "stage.pad_token",
      "stage.base_tokenizer", "model.architecture.eos_token_id", "data.max_tokens_per_row"],
 )  # fmt: skip

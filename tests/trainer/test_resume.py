@@ -199,6 +199,101 @@ def test_finished_run_is_left_alone(vary: Vary, tmp_path: Path) -> None:
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+def evaluated_steps(run_dir: Path) -> list[int]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r["step"] for r in map(json.loads, lines) if r["split"] == "eval"]
+
+
+@pytest.mark.parametrize("stopped_at", [0, 2, 4])
+def test_evaluation_that_a_signal_stopped_is_made_up_for(
+    vary: Vary, tmp_path: Path, stopped_at: int
+) -> None:
+    changes = {"loop__eval_chars": 2000, "loop__eval_every": 2, "loop__max_steps": 4}
+    config = vary(tmp_path / "run", **changes)
+    twisted = {"config": config, "signal_in_evaluation": stopped_at}
+    stopped = run_scenarios([twisted], 1, tmp_path)
+    assert "stopped by SIGUSR1" in stopped.stdout
+    assert evaluated_steps(tmp_path / "run") == list(range(0, stopped_at, 2))
+    done = run_scenarios([{"config": config}], 1, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert evaluated_steps(tmp_path / "run") == [0, 2, 4]
+    assert read_losses(tmp_path / "run").keys() == {1, 2, 3, 4}
+
+
+def test_signal_before_a_step_leaves_the_loaded_checkpoint_alone(
+    vary: Vary, tmp_path: Path
+) -> None:
+    from trainer.engine import checkpoint
+
+    config = vary(tmp_path / "run", loop__max_steps=4)
+    stopped = run_scenarios([{"config": config, "signal_at": 1}], 1, tmp_path)
+    assert "after step 2" in stopped.stdout
+    manifest = tmp_path / "run/checkpoints/step_00000002/manifest.json"
+    before = manifest.stat().st_ino
+    stopped = run_scenarios([{"config": config, "signal_at_start": True}], 1, tmp_path)
+    assert "stopped by SIGUSR1" in stopped.stdout
+    assert manifest.stat().st_ino == before
+    # Even a save of the same step, killed at its worst moment, loses nothing.
+    old = manifest.parent.with_name(".step_00000002.old")
+    manifest.parent.rename(old)
+    newest = checkpoint.find_newest(tmp_path / "run/checkpoints")
+    assert newest is not None and newest.step == 2 and not old.exists()
+
+
+def test_changed_inputs_are_refused_at_resume(
+    vary: Vary, tmp_path: Path, english_tokenizer: Path
+) -> None:
+    import shutil
+
+    from trainer.config import load_config
+    from trainer.data.prepare import ensure_prepared
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(Path(__file__).parents[2] / "samples/en.jsonl", texts)
+    config = vary(tmp_path / "run", loop__save_every=2, data__store_dir=str(tmp_path / "store"))
+    config["data"]["sources"]["en"]["paths"] = [str(texts)]
+    ensure_prepared(load_config(config).data, english_tokenizer)
+    stopped = run_scenarios([{"config": config, "signal_at": 1}], 1, tmp_path)
+    assert "stopped by" in stopped.stdout
+    (texts / "more.jsonl").write_text('{"text": "One more document, added between two lives."}\n')
+    ensure_prepared(load_config(config).data, english_tokenizer)
+    refused = run_scenarios([{"config": config}], 1, tmp_path)
+    assert refused.returncode != 0
+    assert "has changed since its checkpoint: data.sources.en (files" in refused.stdout
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_gradient_that_is_not_finite_stops_and_is_never_saved(
+    vary: Vary, tmp_path: Path, stage: int, precision: str
+) -> None:
+    changes = {"loop__save_every": 2, "loop__log_every": 5}
+    changes |= {"engine__zero_stage": stage, "engine__precision": precision}
+    config = vary(tmp_path / "run", **changes)
+    done = run_scenarios([{"config": config, "nan_gradient_at": 3}], 1, tmp_path)
+    assert done.returncode != 0
+    assert "gradient norm is not finite at step 4" in done.stdout
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000002"]
+
+
+def test_fp16_overflow_is_skipped_wherever_it_falls(vary: Vary, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"engine__precision": "fp16", "loop__log_every": 5}
+    changes["engine__initial_loss_scale_power"] = 10
+    runs = [
+        {
+            "config": vary(tmp_path / f"{stage}", engine__zero_stage=stage, **changes),
+            "overflow_at": 4,
+        }
+        for stage in (0, 2, 3)
+    ]
+    done = run_scenarios(runs, 1, tmp_path)
+    assert done.returncode == 0, done.stdout
+    for stage in (0, 2, 3):
+        lines = (tmp_path / f"{stage}/metrics.jsonl").read_text().splitlines()
+        [last] = [r for r in map(json.loads, lines) if r["split"] == "train"]
+        assert (last["num_overflows"], last["loss_scale"]) == (1, 2**9), stage
+
+
 def test_nan_loss_stops_with_step_rank_and_rows(vary: Vary, tmp_path: Path) -> None:
     config = vary(tmp_path / "run", loop__save_every=2)
     done = run_scenarios([{"config": config, "nan_at": 3}], 2, tmp_path)

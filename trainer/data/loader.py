@@ -147,8 +147,8 @@ class EvalLoader:
         store: the prepared sources.
         data_config: row length.
         source_name: whose held-out documents.
-        max_tokens: whole documents are taken, in the order of their text hash, up to this many
-            tokens (one at least).
+        max_chars: whole documents are taken, in the order of their text hash, up to this many
+            characters (one at least): the same documents whatever the tokenizer.
         micro_batch_size: rows of a batch.
         rank: this rank.
         world_size: number of ranks.
@@ -163,7 +163,7 @@ class EvalLoader:
         data_config: DataConfig,
         source_name: str,
         *,
-        max_tokens: int,
+        max_chars: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
@@ -178,14 +178,15 @@ class EvalLoader:
                 f"raise data.sources.{source_name}.holdout_share"
             )
         documents = documents[np.argsort(self._source.text_hashes[documents], kind="stable")]
-        lengths = np.diff(self._source.offsets)[documents]
-        taken = max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
+        chars = np.cumsum(self._source.num_chars[documents], dtype=np.int64)
+        taken = max(1, int(np.searchsorted(chars, max_chars, side="right")))
         self.documents = documents[:taken]
+        lengths = np.diff(self._source.offsets)[self.documents]
         self.num_chars = int(self._source.num_chars[self.documents].sum(dtype=np.int64))
         self.num_bytes = int(self._source.num_bytes[self.documents].sum(dtype=np.int64))
-        self.num_targets = int((lengths[:taken] - 1).sum())
+        self.num_targets = int((lengths - 1).sum())
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self._windows = self._cut(lengths[:taken], data_config.max_length)
+        self._windows = self._cut(lengths, data_config.max_length)
         self.num_batches = -(-len(self._windows) // (micro_batch_size * world_size))
 
     def _cut(self, lengths: np.ndarray, max_length: int) -> list[tuple[int, int, int]]:

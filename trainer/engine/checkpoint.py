@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -52,7 +53,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path
     """
     aside, final = folder / f".step_{step:08d}.tmp", folder / f"step_{step:08d}"
     state = {"adam_step": get_adam_step(engine.optimizer), "scaler": engine.scaler_state(), **state}
-    _together(lambda: _start(aside) if engine.rank == 0 else None, folder, aside)
+    _together(lambda: _start(aside, engine.rank == 0), folder, aside)
     _together(lambda: _write_rank(engine, aside), folder, aside)
 
     def commit() -> None:
@@ -93,9 +94,10 @@ def _storage_message(folder: Path, failure: Exception | None) -> str:
     )
 
 
-def _start(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def _start(aside: Path, is_main: bool) -> None:
+    if is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
 
 
 def _write_rank(engine: Engine, aside: Path) -> None:
@@ -140,10 +142,12 @@ def _commit(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
     for side_file in aside.glob("rank_*.json"):
         side_file.unlink()
     _fsync(aside)
-    if final.exists():  # the same step saved again, for instance after a lost manifest
-        shutil.rmtree(final)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():  # the same step saved again: there is one of the two at every moment
+        final.rename(old)
     aside.rename(final)
     _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ def list_steps(folder: Path) -> list[Path]:
 def find_newest(folder: Path) -> Checkpoint | None:
     """Return the newest complete checkpoint, walking back over damaged ones and saying so.
 
-    All ranks share the hashing and agree on the answer.
+    Rank 0 lists the folder and announces each step, since another node's listing may be stale; all
+    ranks share the hashing and agree on the answer.
 
     Returns:
         None when the run has never committed one.
@@ -180,9 +185,9 @@ def find_newest(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: checkpoints exist and every one is damaged; never silently from scratch.
     """
-    steps = list_steps(folder)
     reasons = []
-    for path in steps:
+    for step in _announce_steps(folder):
+        path = folder / f"step_{step:08d}"
         problem = verify(path)
         if not problem:
             return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
@@ -194,6 +199,21 @@ def find_newest(folder: Path) -> Checkpoint | None:
             "remove the folder to start from the beginning on purpose"
         )
     return None
+
+
+def _announce_steps(folder: Path) -> Iterator[int]:
+    """Yield the committed steps that rank 0 sees, newest first, on every rank."""
+    rank, _ = _rank_and_world()
+    if rank == 0:
+        for old in folder.glob(".step_*.old"):  # killed between the two renames of a commit
+            final = folder / old.name.removeprefix(".").removesuffix(".old")
+            shutil.rmtree(old) if final.exists() else old.rename(final)
+    steps = [int(p.name.removeprefix("step_")) for p in list_steps(folder)] if rank == 0 else []
+    for step in [*steps, -1] if rank == 0 else itertools.repeat(-1):
+        announced = collectives.broadcast_int(step)
+        if announced < 0:
+            return
+        yield announced
 
 
 def verify(path: Path) -> str:
@@ -209,17 +229,28 @@ def _verify_share(path: Path) -> str:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files = sorted(manifest["files"].items())
         manifest["state"], manifest["step"], manifest["parameters"]
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']}, this version reads {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest unreadable ({type(error).__name__}: {error})"
     rank, world_size = _rank_and_world()
     for index, (name, facts) in enumerate(files):
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        if index % world_size == rank and _sha256(file) != facts["sha256"]:
-            return f"{name} does not match its SHA-256"
+        try:
+            problem = _check_file(path / name, facts, read=index % world_size == rank)
+        except OSError as error:
+            problem = f"is unreadable ({error})"
+        if problem:
+            return f"{name} {problem}"
+    return ""
+
+
+def _check_file(file: Path, facts: dict[str, Any], *, read: bool) -> str:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != facts["bytes"]:
+        return f"has {file.stat().st_size} bytes instead of {facts['bytes']}"
+    if read and _sha256(file) != facts["sha256"]:
+        return "does not match its SHA-256"
     return ""
 
 
@@ -307,10 +338,18 @@ def rotate(folder: Path, committed: int, *, keep_last: int, keep_every: int) -> 
     old = [path for path, step in steps.items() if step <= committed][keep_last:]
     deleted = ahead + [p for p in old if not (keep_every and steps[p] % keep_every == 0)]
     for path in deleted:
-        shutil.rmtree(path)
+        _remove(path)
     for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     return deleted
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder; what cannot be deleted now is no reason to stop a run."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        LOG.warning("old checkpoint %s could not be deleted: %s", path, error)
 
 
 def write_json(path: Path, data: Any) -> None:

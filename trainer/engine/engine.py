@@ -213,10 +213,10 @@ class Engine:
                 empty, empty, empty, empty,
             )  # fmt: skip
 
-    def grad_norm(self) -> float:
-        """Return the gradient norm of the last step, before clipping."""
+    def grad_norm(self) -> torch.Tensor:
+        """Return the gradient norm of the last step, before clipping: [] on its device."""
         norm = self._grad_norm if self._plain_fp32 else self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return torch.as_tensor(float("nan") if norm is None else norm)
 
     def overflowed(self) -> bool:
         """Return whether the last fp16 step was skipped because a gradient overflowed."""
@@ -239,6 +239,14 @@ class Engine:
         return iterate_fragments(
             self.optimizer, self.names, self.rank, self.world_size, write=write
         )
+
+    def trained_share(self) -> float:
+        """Return the share of the parameters that is trained."""
+        sizes = [
+            (vars(p).get("ds_numel", p.numel()), p.requires_grad)
+            for p in self.engine.module.parameters()
+        ]
+        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return trainable parameters by name."""

@@ -23,12 +23,12 @@ from trainer.engine import collectives
 from trainer.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
-STALE_LOCK_S = 600  # a lock of an unknown builder; a build takes one to three minutes
+STALE_LOCK_S = 1800  # a lock of an unknown builder; a build takes minutes on a busy machine
 CLAIM = "kuroshio_builder.json"
 
 NEEDS = {
-    "cpu_adam": "a C++ compiler (apt-get install g++)",
-    "async_io": "a C++ compiler and libaio (apt-get install g++ libaio-dev)",
+    "cpu_adam": "a C++ compiler and Python's headers (apt-get install g++ python3-dev)",
+    "async_io": "a C++ compiler, headers, libaio (apt-get install g++ python3-dev libaio-dev)",
 }
 
 
@@ -111,10 +111,10 @@ def is_stale(folder: Path) -> bool:
     lock = folder / "lock"
     if not lock.exists():
         return False
-    if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
-        return True
     try:
         claim = json.loads((folder / CLAIM).read_text())
     except (OSError, ValueError):
-        return False
-    return claim["host"] == socket.gethostname() and not psutil.pid_exists(claim["pid"])
+        claim = None
+    if claim and claim["host"] == socket.gethostname():
+        return not psutil.pid_exists(claim["pid"])
+    return time.time() - lock.stat().st_mtime > STALE_LOCK_S

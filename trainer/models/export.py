@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,10 @@ class Weights:
         read: returns a trained parameter, fp32.
         base_folder: the model folder that frozen weights come from, if any.
         lora_scale: alpha / rank (arXiv:2106.09685) of adapters among the trained parameters.
+        aliases: names that a tied model gives to a parameter it also has under another name.
+
+    Raises:
+        CheckpointError: adapters that cannot be merged into a weight of the same module.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Weights:
         read: Callable[[str], Tensor],
         base_folder: Path | None,
         lora_scale: float,
+        aliases: Collection[str] = (),
     ) -> None:
         self._read, self._scale = read, lora_scale
         adapters = {name for name in trained if ".lora_" in name}
@@ -41,7 +46,14 @@ class Weights:
         self._base = _open_folder(base_folder) if base_folder else {}
         self.shapes = {name: list(trained[full]) for name, full in self._trained.items()}
         for name, file in self._base.items():
-            self.shapes.setdefault(name, file.get_slice(name).get_shape())
+            if name not in aliases:  # a stored copy of a tied weight is not the trained one
+                self.shapes.setdefault(name, file.get_slice(name).get_shape())
+        merged = {n for name in self.shapes for n in self._adapter_names(name)}
+        if lost := sorted(self._adapters - merged):
+            raise CheckpointError(
+                f"{len(lost)} adapters are not of linear layers and cannot be merged, for example "
+                f"{lost[0]}; export merges lora_A and lora_B of linear layers"
+            )
 
     def read(self, name: str) -> Tensor:
         """Return one parameter of the final model, fp32."""
@@ -49,11 +61,16 @@ class Weights:
             weight = self._read(self._trained[name])
         else:
             weight = self._base[name].get_tensor(name).float()
-        module = name.removesuffix(".weight")
-        down, up = (f"{module}.lora_{kind}.default.weight" for kind in "AB")
+        down, up = self._adapter_names(name)
         if up in self._adapters:
             weight += self._scale * (self._read(ADAPTED + up) @ self._read(ADAPTED + down))
         return weight
+
+    @staticmethod
+    def _adapter_names(name: str) -> tuple[str, str]:
+        """Return the names of an adapter: lora_A [rank, in] and lora_B [out, rank]."""
+        module = name.removesuffix(".weight")
+        return f"{module}.lora_A.default.weight", f"{module}.lora_B.default.weight"
 
 
 def _open_folder(folder: Path) -> dict[str, safe_open]:

@@ -155,7 +155,11 @@ def install_fused_head(model: PreTrainedModel, num_real_rows: int | None = None)
 
 
 def causal_lm_loss(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    num_real_rows: int | None = None,
 ) -> Tensor:
     """Return the summed next-token loss of a batch.
 
@@ -168,6 +172,8 @@ def causal_lm_loss(
         input_ids: ``[batch, seq]``.
         position_ids: ``[batch, seq]``, starting at 0 with each document.
         labels: ``[batch, seq]`` token ids, unshifted; ``IGNORE_INDEX`` is no target.
+        num_real_rows: rows of the vocabulary that are tokens, for a head that is not fused; None
+            counts every row.
 
     Returns:
         ``[]`` sum in nats, fp32.
@@ -180,6 +186,7 @@ def causal_lm_loss(
     }
     head = model.get_output_embeddings()
     if not isinstance(head, FusedHead):
-        return cross_entropy_sum(model(**inputs).logits, next_token_targets(labels))
+        logits = model(**inputs).logits[..., :num_real_rows]
+        return cross_entropy_sum(logits, next_token_targets(labels))
     loss: Tensor = head(model.get_decoder()(**inputs).last_hidden_state, labels)
     return loss

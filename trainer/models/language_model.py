@@ -13,21 +13,30 @@ PREFIX = "decoder."  # of parameter names inside ``LanguageModel``; checkpoints 
 
 
 class LanguageModel(nn.Module):
-    """Wraps a transformers causal language model (or a peft one)."""
+    """Wraps a transformers causal language model (or a peft one).
 
-    def __init__(self, decoder: Any) -> None:
+    Args:
+        decoder: the model.
+        num_tokens: tokens of the vocabulary; its matrices' further rows are padding.
+    """
+
+    def __init__(self, decoder: Any, num_tokens: int) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.num_tokens = decoder, num_tokens
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Return the summed next-token loss; all inputs [batch, seq]."""
-        return causal_lm_loss(self.decoder, input_ids, position_ids, labels)
+        return causal_lm_loss(self.decoder, input_ids, position_ids, labels, self.num_tokens)
 
     @torch.no_grad()
     def continue_text(
         self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None
     ) -> Tensor:
-        """Return ``input_ids`` [1, seq] continued greedily by at most ``max_new_tokens``."""
+        """Return ``input_ids`` [1, seq] continued greedily by at most ``max_new_tokens``.
+
+        Padding rows of the vocabulary are never chosen.
+        """
+        rows = self.decoder.get_input_embeddings().num_embeddings
         return self.decoder.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -35,4 +44,5 @@ class LanguageModel(nn.Module):
             do_sample=False,
             eos_token_id=eos_token_id,
             pad_token_id=eos_token_id or 0,
+            suppress_tokens=list(range(self.num_tokens, rows)) or None,
         )

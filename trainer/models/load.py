@@ -68,6 +68,15 @@ def make_config(
     return AutoConfig.for_model(model_type, **{**architecture, "vocab_size": rows, **special_ids})
 
 
+def find_aliases(config: PretrainedConfig) -> set[str]:
+    """Return the second names of parameters that the model ties."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    names = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+
+
 def measure(config: PretrainedConfig) -> tuple[int, int]:
     """Return (all parameters, elements of the largest one), from shapes alone."""
     with torch.device("meta"), no_init_weights():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokenizer.load import check_pair, load_tokenizer
+from tokenizer.load import check_pair, fingerprint, load_tokenizer
 from trainer.config import RunConfig
 from trainer.data.collate import Batch
 from trainer.data.loader import EvalLoader, TrainLoader
@@ -101,7 +102,7 @@ class Pretrain(TrainStage):
         return Meters(
             config.loop.max_steps,
             self.policy.device,
-            flops_per_token(shape, config.data.max_length).total,
+            flops_per_token(shape, config.data.max_length, self.policy.trained_share()).total,
             self.peak.flops_per_s,
             self.context.world_size,
         )
@@ -110,6 +111,9 @@ class Pretrain(TrainStage):
         """Yield this rank's micro-batches from where ``state`` left off."""
         loop, data = self.config.loop, self.config.data
         self._tokens = state["tokens"] if state else 0
+        self._inputs = self._describe_inputs()
+        if state:
+            refuse_changes(state["inputs"], self._inputs)
         self.loader = TrainLoader(
             self.store,
             data,
@@ -138,7 +142,8 @@ class Pretrain(TrainStage):
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
         """Do one optimizer step on its own random numbers; return its targets."""
         # A function of (seed, rank, step): dropout needs no generator state in a checkpoint.
-        torch.manual_seed(hash((self.config.loop.seed, self.context.rank, step)) % 2**63)
+        key = f"{self.config.loop.seed}/{self.context.rank}/{step}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
         count = super().train_step(step, batches)
         self._tokens += count
         return count
@@ -156,14 +161,25 @@ class Pretrain(TrainStage):
         )
 
     def state(self) -> dict[str, Any]:
-        """Return tokens trained on and the loader's state."""
-        return {"tokens": self._tokens, "loader": self.loader.state()}
+        """Return tokens trained on, the loader's state and what the run reads."""
+        loader = self.loader.state()
+        return {"tokens": self._tokens, "loader": loader, "inputs": self._inputs}
+
+    def _describe_inputs(self) -> dict[str, str]:
+        """Return identities of the tokenizer, the prepared sources and the base model's files."""
+        inputs = {"tokenizer": fingerprint(str(tokenizer_path(self.config)))}
+        for name, source in self.store.sources.items():
+            inputs[f"data.sources.{name}"] = source.folder.name
+        if self.config.model.path:
+            files = sorted(Path(self.config.model.path).glob("*.safetensors"))
+            inputs["model.path"] = " ".join(f"{f.name}:{f.stat().st_size}" for f in files)
+        return inputs
 
     @torch.no_grad()
-    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> None:
+    def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> bool:
         """Record loss, perplexity and bits per character of every source's held-out part."""
-        if not self.config.loop.eval_tokens:
-            return
+        if not self.config.loop.eval_chars:
+            return True
         with self.meters.pause():
             self.policy.module.eval()
             sources = {}
@@ -171,13 +187,13 @@ class Pretrain(TrainStage):
                 if len(source.document_ids(held_out=True)):
                     figures = self._evaluate_source(name, stop)
                     if figures is None:
-                        break
+                        return False
                     sources[name] = figures
-            else:
-                sinks.evaluate(step, sources)
-                sinks.event(step, "mixture", epochs=self.loader.epochs())
-                self._write_samples(sinks, step)
+            sinks.evaluate(step, sources)
+            sinks.event(step, "mixture", epochs=self.loader.epochs())
+            self._write_samples(sinks, step)
             self.policy.module.train()
+        return True
 
     def _evaluate_source(self, name: str, stop: StopRequest) -> dict[str, float] | None:
         """Return one source's figures, or None when all ranks agreed to stop."""
@@ -185,7 +201,7 @@ class Pretrain(TrainStage):
             self.store,
             self.config.data,
             name,
-            max_tokens=self.config.loop.eval_tokens,
+            max_chars=self.config.loop.eval_chars,
             micro_batch_size=self.config.loop.micro_batch_size,
             rank=self.context.rank,
             world_size=self.context.world_size,
@@ -212,6 +228,21 @@ class Pretrain(TrainStage):
 def tokenizer_path(config: RunConfig) -> str | None:
     """Return the run's tokenizer: its own, else the model folder's."""
     return config.tokenizer.path or config.model.path
+
+
+def refuse_changes(before: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to resume on other inputs: rows would silently be others than the loader's state says.
+
+    Raises:
+        ConfigError: naming what changed.
+    """
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            f"what this run reads has changed since its checkpoint: {', '.join(changed)} (files, "
+            "or how they are read). Bring the old ones back, or start another run_dir from an "
+            "export of this run"
+        )
 
 
 def describe_nll(nll: float, num_tokens: int, num_chars: int, num_bytes: int) -> dict[str, float]:

@@ -213,7 +213,7 @@ def test_evaluation_predicts_every_token_once(
             store,
             data,
             "en",
-            max_tokens=900,
+            max_chars=900,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
@@ -234,9 +234,9 @@ def test_evaluation_counts_the_characters_of_its_documents(
     store: TokenStore, data: DataConfig
 ) -> None:
     make_eval = {"micro_batch_size": 1, "rank": 0, "world_size": 1}
-    loader = EvalLoader(store, data, "short", max_tokens=10**9, **make_eval)
+    loader = EvalLoader(store, data, "short", max_chars=10**9, **make_eval)
     assert (loader.num_chars, loader.num_bytes, len(loader.documents)) == (6, 6, 6)
-    whole = EvalLoader(store, data, "zh_tw", max_tokens=10**9, **make_eval)
+    whole = EvalLoader(store, data, "zh_tw", max_chars=10**9, **make_eval)
     texts = [json.loads(line)["text"] for line in (SAMPLES / "zh_tw.jsonl").open(encoding="utf-8")]
     sizes = {(len(text), len(text.encode())) for text in texts}
     chars = store.sources["zh_tw"].num_chars[whole.documents].tolist()
@@ -253,12 +253,27 @@ def test_evaluation_takes_whole_documents_up_to_its_limit(
     source = store.sources["en"]
     sizes = []
     for limit in (0, 500, 1500, 10**9):
-        loader = EvalLoader(store, data, "en", max_tokens=limit, **make_eval)
-        num_tokens = int(np.diff(source.offsets)[loader.documents].sum())
-        assert num_tokens <= limit or len(loader.documents) == 1
+        loader = EvalLoader(store, data, "en", max_chars=limit, **make_eval)
+        assert loader.num_chars <= limit or len(loader.documents) == 1
         sizes.append(len(loader.documents))
     assert sizes == sorted(sizes) and sizes[0] == 1
     assert sizes[-1] == len(source.document_ids(held_out=True))
+
+
+def test_evaluation_takes_the_same_documents_whatever_the_tokenizer(
+    store: TokenStore, data: DataConfig
+) -> None:
+    """Bits per character before and after an extension are of the same text."""
+    make_eval = {"max_chars": 700, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    source = store.sources["en"]
+    doubled = dataclasses.replace(  # a tokenizer that needs two tokens where the other needs one
+        source, tokens=np.repeat(source.tokens, 2), offsets=source.offsets * 2
+    )
+    other = TokenStore({"en": doubled}, 1, 2, 2)
+    one = EvalLoader(store, data, "en", **make_eval)
+    two = EvalLoader(other, data, "en", **make_eval)
+    assert one.documents.tolist() == two.documents.tolist() and len(one.documents) > 1
+    assert (one.num_chars, one.num_bytes) == (two.num_chars, two.num_bytes)
 
 
 def test_source_without_held_out_documents_is_named(store: TokenStore, data: DataConfig) -> None:
@@ -270,7 +285,7 @@ def test_source_without_held_out_documents_is_named(store: TokenStore, data: Dat
             TokenStore({"en": nothing}, 1, 2, 2),
             data,
             "en",
-            max_tokens=10,
+            max_chars=10,
             micro_batch_size=1,
             rank=0,
             world_size=1,

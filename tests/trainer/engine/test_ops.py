@@ -40,6 +40,9 @@ def test_staleness(tmp_path: Path) -> None:
     long_ago = time.time() - ops.STALE_LOCK_S - 1
     os.utime(tmp_path / "lock", (long_ago, long_ago))
     assert ops.is_stale(tmp_path)
+    lock(tmp_path, socket.gethostname(), os.getpid())  # slow, but alive
+    os.utime(tmp_path / "lock", (long_ago, long_ago))
+    assert not ops.is_stale(tmp_path)
 
 
 def test_dead_lock_is_removed_before_loading(

@@ -18,7 +18,7 @@ def test_secret_keys(key: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["tokenizer", "global_batch_tokens", "eval_tokens", "pad_token", "eos_token_id", "keep_every",
+    ["tokenizer", "global_batch_tokens", "eval_chars", "pad_token", "eos_token_id", "keep_every",
      "base_tokenizer", "tokens_per_s", "author", "key_bias", "secretary"],
 )  # fmt: skip
 def test_ordinary_keys(key: str) -> None:

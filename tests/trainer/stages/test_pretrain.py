@@ -63,7 +63,7 @@ def test_signal_saves_and_the_same_command_goes_on(
 
 
 def test_evaluation_does_not_depend_on_ranks(vary: Vary, tmp_path: Path) -> None:
-    changes = {"loop__max_steps": 1, "loop__eval_tokens": 3000}
+    changes = {"loop__max_steps": 1, "loop__eval_chars": 3000}
     for num_ranks in (1, 2):
         config = vary(tmp_path / str(num_ranks), **changes)
         done = run_scenarios([{"config": config}], num_ranks, tmp_path)
