@@ -1,6 +1,6 @@
 """The main job on real texts: base, vocabulary, continued pretraining, initialisations compared.
 
-Not part of ``make bench``: about half an hour on two CPU cores. Every step is a
+Not part of ``make bench``: about twenty minutes on two CPU cores. Every step is a
 ``kuroshio`` command; a second call goes on where the first was stopped. Tables first, then JSON on
 the last line.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 INITS = ("subpiece_mean", "mean", "normal")
-COMPARED_STEPS = 60
+COMPARED_STEPS = 40
 
 
 def main() -> None:
