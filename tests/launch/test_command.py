@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,14 @@ def complete(line: str, shell: str = "bash") -> list[str]:
 
 
 def test_help_names_every_verb_and_is_fast() -> None:
-    started = time.monotonic()
-    done = kuroshio("--help")
-    assert time.monotonic() - started < 3.0  # about 0.1 s on an idle machine
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = kuroshio("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        seconds.append(used)  # processor time: a busy machine does not count
+    assert min(seconds) < 0.3
     assert done.returncode == 0
     assert all(f"  {verb} " in done.stdout for verb in ("run", "prepare", "export", "report"))
 
