@@ -52,5 +52,5 @@ def overrides(tokenizer: Path, folder: Path) -> list[str]:
         "tokenizer=file",
         f"tokenizer.path='{tokenizer}'",
         *(f"model.architecture.{key}={value}" for key, value in ARCHITECTURE.items()),
-        "loop.eval_tokens=0",
+        "loop.eval_chars=0",
     ]
