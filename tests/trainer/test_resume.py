@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_resumes_on_other_engines_and_numbers_of_ranks(vary: Vary, tmp_path: Pat
     assert largest_difference(read_masters(tmp_path / "unbroken"), weights) < 1e-5
 
 
+@pytest.mark.slow
 def test_low_precision_resumes_bit_exactly(vary: Vary, tmp_path: Path) -> None:
     engines = {
         f"{precision}_zero{stage}": {
@@ -298,7 +300,7 @@ def test_nan_loss_stops_with_step_rank_and_rows(vary: Vary, tmp_path: Path) -> N
     config = vary(tmp_path / "run", loop__save_every=2)
     done = run_scenarios([{"config": config, "nan_at": 3}], 2, tmp_path)
     assert done.returncode not in (0, EXIT_RESUME)
-    assert "loss is not finite at step 4 on rank 1, rows [" in done.stdout
+    assert re.search(r"loss is not finite at step 4, rows \[\d+, \d+\] on rank 1", done.stdout)
     saved = read_masters(tmp_path / "run")
     assert all(torch.isfinite(value).all() for value in saved.values())
     assert [p.name for p in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000002"]

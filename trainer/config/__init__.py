@@ -1,0 +1,42 @@
+"""The configuration of a run: schema, building from plain data, checks across sections.
+
+A run is described by plain data (nested dicts from YAML or JSON). All problems are reported at
+once.
+"""
+
+from trainer.config.build import build, nearest
+from trainer.config.schema import (
+    ClusterConfig,
+    DataConfig,
+    EngineConfig,
+    LogConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    PeftConfig,
+    RunConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
+from trainer.config.validate import grad_accum_steps, load_config, validate
+
+__all__ = [
+    "ClusterConfig",
+    "DataConfig",
+    "EngineConfig",
+    "LogConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PeftConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "build",
+    "grad_accum_steps",
+    "load_config",
+    "nearest",
+    "validate",
+]

@@ -1,0 +1,152 @@
+"""The schema of the configuration's fixed groups: one frozen dataclass each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model folder, or an architecture to start from scratch (exactly one of the two)."""
+
+    name: str
+    path: str | None = None
+    architecture: dict[str, Any] | None = None  # keyword arguments of the transformers config class
+    pad_vocab_to: int = 64  # from scratch: rows of both vocabulary matrices are a multiple of this
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A tokenizer folder or SentencePiece ``.model``; null means the model folder's own."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data source: files, how to read them, how often to draw from it."""
+
+    paths: list[str]  # files, folders or globs
+    weight: float = 1.0  # relative share of training rows
+    format: str = "auto"  # auto | txt | lines | jsonl | json | csv | tsv | parquet | arrow
+    text_columns: list[str] = field(default_factory=lambda: ["text"])  # joined by a newline
+    holdout_share: float | None = None  # share of documents held out; null = data.holdout_share
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Sources and how documents become training rows."""
+
+    sources: dict[str, SourceConfig]
+    store_dir: str = "runs/store"  # prepared token stores, one folder per content key
+    max_length: int = 512  # tokens a row
+    packing: bool = True  # false: one document piece a row, padded
+    isolate_documents: bool = True  # packed documents do not attend to each other
+    holdout_share: float = 0.01
+    min_chars: int = 1  # shorter documents are counted and left out
+    max_bad_row_share: float = 0.01  # abort above this share of rejected rows
+    num_processes: int = 0  # prepare: 0 = one per CPU core
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed ZeRO, offload and precision."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None  # node-local folder for nvme offload
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    initial_loss_scale_power: int = 16  # fp16: first loss scale is 2**this
+    loss_scale_window: int = 1000  # fp16: steps without overflow before the scale doubles
+    min_loss_scale: int = 1  # fp16: stop when overflows have pushed the scale down to this
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW; norms, biases and other one-dimensional parameters get no weight decay."""
+
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # 0 = off
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate schedule as a factor of ``optim.lr``."""
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+    decay_share: float = 0.2  # wsd: last share of the steps that decays
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Which parameters are trained."""
+
+    mode: Literal["full", "freeze", "lora"] = "full"
+    trainable: str | None = None  # freeze: regex searched in parameter names
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    train_embeddings: bool = False  # lora: train input and output embeddings as well
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length and rhythm of a run."""
+
+    max_steps: int = 100
+    micro_batch_size: int = 1  # rows a rank holds at once
+    global_batch_tokens: int = 8192  # tokens of one optimizer step over all ranks
+    log_every: int = 1
+    eval_every: int = 0  # 0 = at the end only
+    eval_chars: int = 100_000  # per source, at most; 0 = no evaluation
+    save_every: int = 0  # 0 = at the end only
+    keep_last: int = 2  # checkpoints kept, newest first
+    keep_every: int = 0  # steps; checkpoints at multiples are never deleted (0 = none)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides ``metrics.jsonl`` and the console."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "kuroshio"
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Machines of a run."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1  # ranks a node; on a CPU machine, processes
+    timeout_s: int = 1800  # collective timeout
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. ``stage`` stays plain data: the stage's own dataclass reads it."""
+
+    name: str
+    run_dir: str
+    stage: dict[str, Any]
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    engine: EngineConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    peft: PeftConfig
+    loop: LoopConfig
+    log: LogConfig
+    cluster: ClusterConfig
