@@ -13,7 +13,7 @@ from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from trainer.engine.checkpoint import Checkpoint
+    from trainer.engine.committed import Checkpoint
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 
@@ -52,7 +52,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _choose(folder: Path, step: int | None) -> Checkpoint:
-    from trainer.engine.checkpoint import Checkpoint, find_newest, list_steps, verify
+    from trainer.engine.committed import Checkpoint, find_newest, list_steps, verify
 
     if step is None:
         newest = find_newest(folder)
@@ -77,7 +77,7 @@ def _write_model(
 
     from tokenizer.load import load_tokenizer, num_ids, sentencepiece_file, write_pair_manifest
     from tokenizer.load import save_tokenizer as save
-    from trainer.engine.checkpoint import Reader
+    from trainer.engine.committed import Reader
     from trainer.models.export import Weights, write_shards
     from trainer.models.load import find_aliases, make_config
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from launch.rendezvous import free_port
-from trainer.engine.checkpoint import Checkpoint, Reader, iterate_whole, list_steps
+from trainer.engine.committed import Checkpoint, Reader, iterate_whole, list_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,6 +14,7 @@ from trainer.config import LoopConfig
 from trainer.data.collate import Batch
 from trainer.engine import checkpoint
 from trainer.engine.collectives import any_over_ranks, sum_over_ranks, sum_tensor
+from trainer.engine.committed import find_newest
 from trainer.engine.engine import Engine
 from trainer.errors import StopRequestedError
 from trainer.metrics.bag import MetricBag
@@ -84,7 +85,7 @@ def fit(stage: TrainStage, context: Context) -> None:
     """Resume, step until ``max_steps`` or a stop that all ranks agree on, log, evaluate, save."""
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
     with StopRequest().listening() as stop:
-        last = checkpoint.find_newest(folder)
+        last = find_newest(folder)
         step = last.step if last else 0
         evaluated = bool(last and step and last.state["evaluated"])
         if step >= loop.max_steps and evaluated:

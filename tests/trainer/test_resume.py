@@ -145,35 +145,35 @@ def test_low_precision_resumes_bit_exactly(vary: Vary, tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_are_walked_over_and_never_ignored(vary: Vary, tmp_path: Path) -> None:
-    from trainer.engine import checkpoint
+    from trainer.engine import committed
     from trainer.errors import CheckpointError
 
     config = vary(tmp_path / "run", loop__save_every=2, loop__max_steps=6)
     assert run_scenarios([{"config": config}], 1, tmp_path).returncode == 0
     folder = tmp_path / "run/checkpoints"
-    newest, middle, oldest = checkpoint.list_steps(folder)
+    newest, middle, oldest = committed.list_steps(folder)
     shard = newest / "rank_00000.safetensors"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert checkpoint.find_newest(folder).path == middle
+    assert committed.find_newest(folder).path == middle
     (middle / "rank_00000.safetensors").write_bytes(b"")
-    assert checkpoint.find_newest(folder).path == oldest
+    assert committed.find_newest(folder).path == oldest
     (oldest / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.find_newest(folder)
-    assert checkpoint.find_newest(tmp_path / "nothing") is None
+        committed.find_newest(folder)
+    assert committed.find_newest(tmp_path / "nothing") is None
 
 
 def test_kill_inside_a_save_leaves_the_checkpoint_before_it(vary: Vary, tmp_path: Path) -> None:
-    from trainer.engine import checkpoint
+    from trainer.engine import committed
 
     config = vary(tmp_path / "run", loop__save_every=2, loop__max_steps=6)
     done = run_scenarios([{"config": config, "kill_in_save": 4}], 2, tmp_path)
     assert done.returncode != 0
     folder = tmp_path / "run/checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == [".step_00000004.tmp", "step_00000002"]
-    newest = checkpoint.find_newest(folder)
+    newest = committed.find_newest(folder)
     assert newest is not None and newest.step == 2
     assert run_scenarios([{"config": config}], 2, tmp_path).returncode == 0
     names = sorted(p.name for p in folder.iterdir())
@@ -225,7 +225,7 @@ def test_evaluation_that_a_signal_stopped_is_made_up_for(
 def test_signal_before_a_step_leaves_the_loaded_checkpoint_alone(
     vary: Vary, tmp_path: Path
 ) -> None:
-    from trainer.engine import checkpoint
+    from trainer.engine import committed
 
     config = vary(tmp_path / "run", loop__max_steps=4)
     stopped = run_scenarios([{"config": config, "signal_at": 1}], 1, tmp_path)
@@ -238,7 +238,7 @@ def test_signal_before_a_step_leaves_the_loaded_checkpoint_alone(
     # Even a save of the same step, killed at its worst moment, loses nothing.
     old = manifest.parent.with_name(".step_00000002.old")
     manifest.parent.rename(old)
-    newest = checkpoint.find_newest(tmp_path / "run/checkpoints")
+    newest = committed.find_newest(tmp_path / "run/checkpoints")
     assert newest is not None and newest.step == 2 and not old.exists()
 
 

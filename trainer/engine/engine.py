@@ -21,12 +21,8 @@ from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
 from trainer.config import EngineConfig, OptimConfig
-from trainer.engine.fragments import (
-    Fragment,
-    basic_optimizer,
-    iterate_fragments,
-    set_adam_step,
-)
+from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments, set_adam_step
+from trainer.engine.grouping import global_norm, group_parameters
 from trainer.engine.ops import build_ops, needed_ops
 from trainer.errors import ConfigError, NumericsError
 
@@ -187,7 +183,7 @@ class Engine:
             for group in basic_optimizer(self.optimizer).param_groups:
                 group["lr"] = lr
             if self._plain_fp32:
-                self._grad_norm = _global_norm(self.engine.module.parameters())
+                self._grad_norm = global_norm(self.engine.module.parameters())
             self._reset_cpu_adam()
         self.engine.step()
         if boundary and self.precision == "fp16":
@@ -288,34 +284,14 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")
 def make_optimizer(
     model: torch.nn.Module, engine: EngineConfig, optim: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Return AdamW (arXiv:1711.05101) over two groups: decayed matrices, undecayed vectors.
+    """Return AdamW (arXiv:1711.05101), in C++ on the host when its states are offloaded.
 
     Its learning rate is 0 until ``Engine.step`` sets one.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ConfigError("no parameter is trained: check peft.mode and peft.trainable")
-    vectors = [p for p in params if _num_dims(p) < 2]
-    matrices = [p for p in params if _num_dims(p) >= 2]
-    groups = [
-        {"params": matrices, "weight_decay": optim.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = group_parameters(model, optim.weight_decay)
     settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
-    groups = [g for g in groups if g["params"]]
     if engine.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds on import of its op only
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def _num_dims(param: torch.nn.Parameter) -> int:
-    """Return the dimensions of a parameter, partitioned by ZeRO-3 or not."""
-    return len(param.ds_shape) if "ds_shape" in vars(param) else param.dim()
-
-
-def _global_norm(params: Iterator[torch.nn.Parameter]) -> torch.Tensor:
-    """Return the 2-norm of all gradients (replicated on every rank), on their device."""
-    norms = [torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))

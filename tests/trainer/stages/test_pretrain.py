@@ -210,7 +210,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_next_life_goes_on(
 ) -> None:
     if os.geteuid():
         pytest.skip("a small tmpfs needs root: run as root, as CI does")
-    from trainer.engine import checkpoint
+    from trainer.engine import committed
 
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -221,14 +221,14 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_next_life_goes_on(
         assert done.returncode != 0
         assert "was not saved: disk full or quota reached" in done.stdout
         assert "Earlier checkpoints are intact" in done.stdout
-        newest = checkpoint.find_newest(disk / "run/checkpoints")
+        newest = committed.find_newest(disk / "run/checkpoints")
         assert newest is not None and newest.step == 2
         assert not list((disk / "run/checkpoints").glob(".*"))
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
         done = run_scenarios([{"config": config}], 2, tmp_path)
         assert done.returncode == 0, done.stdout
         assert read_losses(disk / "run").keys() == {1, 2, 3, 4}
-        names = [path.name for path in checkpoint.list_steps(disk / "run/checkpoints")]
+        names = [path.name for path in committed.list_steps(disk / "run/checkpoints")]
         assert names == ["step_00000004"]  # the older one went only after the commit
     finally:
         subprocess.run(["umount", disk], check=True)
