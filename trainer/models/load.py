@@ -159,6 +159,7 @@ def _stream(model: PreTrainedModel, folder: Path, partitioning: Partitioning) ->
     same = all(n in stored and stored[n].get_slice(n).get_shape() == shapes[n] for n in params)
     if not same or stored.keys() - everything.keys():
         return False
+    _return_freed_memory()  # of the construction
     since_trim = 0
     for name, param in params.items():
         partitioning.fill(param, partial(stored[name].get_tensor, name))

@@ -84,8 +84,8 @@ def peak_share(stage: int, folder: Path) -> float:
 @pytest.mark.slow
 def test_zero3_never_holds_a_full_copy(tmp_path: Path) -> None:
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2752, num_hidden_layers=12, num_attention_heads=16,
-        num_key_value_heads=16, vocab_size=16000,
+        hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, vocab_size=2000,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="50MB")
     assert peak_share(2, tmp_path) > 0.95
