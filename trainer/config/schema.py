@@ -32,6 +32,13 @@ class SourceConfig:
     format: str = "auto"  # auto | txt | lines | jsonl | json | csv | tsv | parquet | arrow
     text_columns: list[str] = field(default_factory=lambda: ["text"])  # joined by a newline
     holdout_share: float | None = None  # share of documents held out; null = data.holdout_share
+    encoding: str = "auto"  # auto | utf-8 | cp950 | utf-16 | any Python codec
+    sheet: str | None = None  # xlsx, xls: null = the first sheet with rows
+    # Conversations only:
+    schema: str = "auto"  # auto | alpaca | sharegpt | messages | prompt_response | squad
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's
+    datasets: list[str] = field(default_factory=list)  # names in a LLaMA-Factory dataset_info.json
+    dataset_info: str | None = None  # that file; null = the one in the folder of paths
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,11 @@ class DataConfig:
     """Sources and how documents become training rows."""
 
     sources: dict[str, SourceConfig]
+    content: Literal["documents", "conversations"] = "documents"  # set by the stage's option
+    weights_are: Literal["rows", "epochs"] = "rows"  # source weights: shares of rows, or of passes
+    template: str = "auto"  # conversations: auto = the tokenizer's own; a name; a .jinja file
+    train_on: Literal["assistant", "last", "everything"] = "assistant"
+    system: str | None = None  # conversations without a system message get this one
     store_dir: str = "runs/store"  # prepared token stores, one folder per content key
     max_length: int = 512  # tokens a row
     packing: bool = True  # false: one document piece a row, padded
@@ -104,6 +116,7 @@ class LoopConfig:
     """Length and rhythm of a run."""
 
     max_steps: int = 100
+    epochs: float | None = None  # passes over the data; sets max_steps
     micro_batch_size: int = 1  # rows a rank holds at once
     global_batch_tokens: int = 8192  # tokens of one optimizer step over all ranks
     log_every: int = 1
