@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from launch import ROOT
-from launch.rendezvous import LostRankError
 from launch.run_folder import CONFIG_FILE, plain
 from trainer.config import RunConfig
 from trainer.engine import collectives
-from trainer.errors import RanksDisagreeError
+from trainer.errors import LostRankError, RanksDisagreeError
 
 CODE = ("launch", "trainer", "tokenizer")
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from launch.rendezvous import PARENT_KEY, LostRankError, Rendezvous, free_port
-from trainer.errors import EXIT_RESUME
+from launch.rendezvous import PARENT_KEY, Rendezvous, free_port
+from trainer.errors import EXIT_RESUME, LostRankError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 5.0  # between asking and killing the other ranks once one has died; they cannot save

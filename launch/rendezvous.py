@@ -14,17 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import ClusterConfig
-from trainer.errors import ConfigError, KuroshioError
+from trainer.errors import ConfigError
 
 RANK_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PARENT_KEY = "KUROSHIO_PARENT_PID"  # set for the ranks that `kuroshio run` starts itself
 MPI_KEYS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-
-
-class LostRankError(KuroshioError):
-    """Another rank is gone; its own message says why."""
-
-    exit_code = 69  # EX_UNAVAILABLE
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ class CheckpointError(KuroshioError):
     exit_code = 66  # EX_NOINPUT
 
 
+class LostRankError(KuroshioError):
+    """Another rank is gone; its own message says why."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
 class StorageError(KuroshioError):
     """Disk full, quota reached or folder not writable; what was committed before is intact."""
 

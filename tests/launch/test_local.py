@@ -13,8 +13,7 @@ import pytest
 
 from launch import local
 from launch.local import run_ranks, threads_per_rank
-from launch.rendezvous import LostRankError
-from trainer.errors import EXIT_RESUME
+from trainer.errors import EXIT_RESUME, LostRankError
 
 ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = """
