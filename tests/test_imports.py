@@ -17,7 +17,8 @@ LAYERS: list[list[str]] = [
     ["trainer.losses", "trainer.plan", "trainer.errors", "trainer.config", "tokenizer"],
     ["trainer.data", "trainer.models", "trainer.engine", "trainer.metrics"],
     ["trainer.stage", "trainer.numerics", "trainer.signals", "trainer.environment"],
-    ["trainer.loop", "trainer.policy"],
+    ["trainer.loop", "trainer.policy", "trainer.inputs", "trainer.held_out"],
+    ["trainer.next_token"],
     ["trainer.stages"],
     ["launch"],
 ]

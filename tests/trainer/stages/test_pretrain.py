@@ -20,7 +20,8 @@ from training_support import largest_difference, read_losses, read_masters, run_
 
 from trainer.config import load_config
 from trainer.errors import EXIT_RESUME, ConfigError
-from trainer.stages.pretrain import Pretrain, describe_nll
+from trainer.held_out import describe_nll
+from trainer.stages.pretrain import Pretrain
 
 ROOT = Path(__file__).resolve().parents[3]
 Vary = Callable[..., dict[str, Any]]

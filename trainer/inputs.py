@@ -1,0 +1,41 @@
+"""What a run reads: its tokenizer, its prepared sources, its base model's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizer.load import fingerprint
+from trainer.config import RunConfig
+from trainer.data.store import TokenStore
+from trainer.errors import ConfigError
+
+
+def tokenizer_path(config: RunConfig) -> str | None:
+    """Return the run's tokenizer: its own, else the model folder's."""
+    return config.tokenizer.path or config.model.path
+
+
+def describe_inputs(config: RunConfig, store: TokenStore) -> dict[str, str]:
+    """Return identities of the tokenizer, the prepared sources and the base model's files."""
+    inputs = {"tokenizer": fingerprint(str(tokenizer_path(config)))}
+    for name, source in store.sources.items():
+        inputs[f"data.sources.{name}"] = source.folder.name
+    if config.model.path:
+        files = sorted(Path(config.model.path).glob("*.safetensors"))
+        inputs["model.path"] = " ".join(f"{f.name}:{f.stat().st_size}" for f in files)
+    return inputs
+
+
+def refuse_changes(before: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to resume on other inputs: rows would silently be others than the loader's state says.
+
+    Raises:
+        ConfigError: naming what changed.
+    """
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            f"what this run reads has changed since its checkpoint: {', '.join(changed)} (files, "
+            "or how they are read). Bring the old ones back, or start another run_dir from an "
+            "export of this run"
+        )
