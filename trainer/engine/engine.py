@@ -24,11 +24,12 @@ from trainer.config import EngineConfig, OptimConfig
 from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments, set_adam_step
 from trainer.engine.grouping import global_norm, group_parameters
 from trainer.engine.ops import build_ops, needed_ops
+from trainer.engine.precision import DTYPES as DTYPES
+from trainer.engine.precision import native_precision
 from trainer.errors import ConfigError, NumericsError
 
 LOG = logging.getLogger(__name__)
 BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quiet_deepspeed() -> None:
@@ -68,9 +69,7 @@ def choose_precision(asked: str) -> str:
                 "the CPU or GPU computes it"
             )
         return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return native_precision()
 
 
 def prepare_ops(engine: EngineConfig, local_rank: int) -> None:
