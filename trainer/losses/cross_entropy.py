@@ -33,6 +33,18 @@ def next_token_targets(labels: Tensor) -> Tensor:
     return targets
 
 
+def next_token_weights(weights: Tensor) -> Tensor:
+    """Shift loss weights as ``next_token_targets`` shifts labels.
+
+    Args:
+        weights: ``[batch, seq]`` weight of each token as a target, unshifted.
+
+    Returns:
+        ``[batch, seq]``: ``weights[:, t + 1]`` at position t, 0 at the last.
+    """
+    return torch.nn.functional.pad(weights[:, 1:], (0, 1))
+
+
 def count_targets(labels: Tensor) -> Tensor:
     """Count what ``next_token_targets(labels)`` leaves to predict.
 
@@ -45,23 +57,27 @@ def count_targets(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(
+    logits: Tensor, targets: Tensor, token_weights: Tensor | None = None
+) -> Tensor:
     """Sum the negative log-likelihood of the targets, from whole logits.
 
     Args:
         logits: ``[..., vocab]``, upcast to fp32 when of lower precision.
         targets: ``[...]`` class ids, already shifted; ``IGNORE_INDEX`` is left out.
+        token_weights: ``[...]`` factor of each target's loss, already shifted; None is 1.
 
     Returns:
         ``[]`` sum in nats.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.nn.functional.cross_entropy(
+    nll = torch.nn.functional.cross_entropy(
         logits.flatten(0, -2).to(dtype),
         targets.flatten(),
         ignore_index=IGNORE_INDEX,
-        reduction="sum",
+        reduction="sum" if token_weights is None else "none",
     )
+    return nll if token_weights is None else nll @ token_weights.flatten().to(nll.dtype)
 
 
 def linear_cross_entropy(

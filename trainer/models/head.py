@@ -20,6 +20,7 @@ from trainer.losses.cross_entropy import (
     cross_entropy_sum,
     linear_cross_entropy,
     next_token_targets,
+    next_token_weights,
 )
 
 
@@ -52,12 +53,15 @@ class FusedHead(nn.Linear):
         head.num_real_rows = num_real_rows
         return head.train(linear.training)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Return logits, or with labels the summed next-token loss.
 
         Args:
             hidden: ``[batch, seq, d]`` last hidden states (any leading dimensions without labels).
             labels: ``[batch, seq]`` token ids, unshifted; ``IGNORE_INDEX`` is no target.
+            weights: ``[batch, seq]`` factor of each target's loss, unshifted; None is 1.
 
         Returns:
             ``[..., vocab]`` logits without labels; ``[]`` sum in nats, fp32, with them.
@@ -65,7 +69,11 @@ class FusedHead(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         targets = next_token_targets(labels).flatten()
-        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, targets, self.num_real_rows)
+        inputs = hidden.flatten(0, 1), self.weight, targets, self.num_real_rows
+        if weights is None:
+            return linear_cross_entropy(*inputs)
+        token_weights = next_token_weights(weights).flatten()
+        return linear_cross_entropy(*inputs, token_weights=token_weights)
 
     def extra_repr(self) -> str:
         """Name the sizes in ``print(model)``."""
@@ -160,6 +168,7 @@ def causal_lm_loss(
     position_ids: Tensor,
     labels: Tensor,
     num_real_rows: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the summed next-token loss of a batch.
 
@@ -174,6 +183,7 @@ def causal_lm_loss(
         labels: ``[batch, seq]`` token ids, unshifted; ``IGNORE_INDEX`` is no target.
         num_real_rows: rows of the vocabulary that are tokens, for a head that is not fused; None
             counts every row.
+        weights: ``[batch, seq]`` factor of each target's loss, unshifted; None is 1.
 
     Returns:
         ``[]`` sum in nats, fp32.
@@ -187,6 +197,7 @@ def causal_lm_loss(
     head = model.get_output_embeddings()
     if not isinstance(head, FusedHead):
         logits = model(**inputs).logits[..., :num_real_rows]
-        return cross_entropy_sum(logits, next_token_targets(labels))
-    loss: Tensor = head(model.get_decoder()(**inputs).last_hidden_state, labels)
+        token_weights = None if weights is None else next_token_weights(weights)
+        return cross_entropy_sum(logits, next_token_targets(labels), token_weights)
+    loss: Tensor = head(model.get_decoder()(**inputs).last_hidden_state, labels, weights)
     return loss

@@ -24,9 +24,17 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.decoder, self.num_tokens = decoder, num_tokens
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Return the summed next-token loss; all inputs [batch, seq]."""
-        return causal_lm_loss(self.decoder, input_ids, position_ids, labels, self.num_tokens)
+        return causal_lm_loss(
+            self.decoder, input_ids, position_ids, labels, self.num_tokens, weights
+        )
 
     @torch.no_grad()
     def continue_text(
