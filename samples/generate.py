@@ -17,7 +17,7 @@ In cells and sentences ``[one/another]`` stands for one of its alternatives and 
 cell is expanded once for a document, so that it reads the same wherever it is used. ``{a.name}`` is
 a cell, ``{x}`` or ``{x*y+z}`` a number in words, ``{x:d}`` in digits, ``{x:n}`` a Chinese number
 that is read out instead of counting something (二 for 兩), ``{f.name:a}`` a word with its English
-article.
+article, ``{w.name:r}`` a word turned round, ``:f`` its first and ``:l`` its last character.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ FOLDER = Path(__file__).resolve().parent
 NUM_BYTES = {"zh_tw": 120_000, "en": 80_000}  # sizes to reach
 
 CHOICE = re.compile(r"\[([^\[\]]*)\]")  # an innermost one
-PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::([adn]))?\}")
+PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::([adflnr]))?\}")
 SMALL_NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
@@ -149,7 +149,7 @@ def fill(sentence: str, bindings: Bindings, language: str) -> str:
         if dot:
             row = bindings[name]
             assert isinstance(row, dict), sentence
-            return with_article(row[column]) if form == "a" else row[column]
+            return FORMS[form](row[column])
         number = calculate(expression, bindings)
         if form == "d":
             return str(number)
@@ -202,6 +202,15 @@ def english(number: int) -> str:
 def with_article(words: str) -> str:
     """Put a or an before ``words``."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+FORMS: dict[str | None, Callable[[str], str]] = {
+    None: str,
+    "a": with_article,
+    "r": lambda word: word[::-1],
+    "f": lambda word: word[0],
+    "l": lambda word: word[-1],
+}
 
 
 def write_document(kind: Kind, grammar: Grammar, dice: Dice, language: str) -> str:

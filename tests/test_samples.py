@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,28 @@ AMBIGUOUS = "后干台于云余征准仆冲丑郁尽"
 MAINLAND_WORDS = ("軟件", "信息", "視頻", "網絡", "出租車", "土豆", "菠蘿", "酸奶", "公交", "打印")
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("samples_generate", SAMPLES / "generate.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"samples_{name}", SAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return load("generate")
+
+
+@pytest.fixture(scope="module")
+def chat() -> ModuleType:
+    return load("chat")
+
+
+def conversations(name: str) -> list[dict[str, Any]]:
+    text = (SAMPLES / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def documents(language: str) -> list[str]:
@@ -56,8 +71,12 @@ def test_documents_are_sentences_without_leftovers(language: str) -> None:
         assert text[-1] in '。！？」.!?"', text
 
 
-def test_chinese_is_traditional_as_written_in_taiwan() -> None:
-    text = "".join(documents("zh_tw"))
+@pytest.mark.parametrize("name", ["zh_tw", "chat_zh_tw", "chat_zh_tw_test"])
+def test_chinese_is_traditional_as_written_in_taiwan(name: str) -> None:
+    if name == "zh_tw":
+        text = "".join(documents(name))
+    else:
+        text = "".join(m["content"] for row in conversations(name) for m in row["messages"])
     for char in set(HAN.findall(text)):
         char.encode("big5")  # has no character that exists in simplified script only
     assert not set(AMBIGUOUS) & set(text)
@@ -117,3 +136,71 @@ def test_grammar_binds_rows_once_and_calculates(generator: ModuleType) -> None:
 def test_a_row_with_missing_cells_is_an_error(generator: ModuleType) -> None:
     with pytest.raises(ValueError, match="line 2: 1 cells for"):
         generator.parse("@places name food\nTainan\n")
+
+
+def test_committed_conversations_are_what_the_generator_writes(chat: ModuleType) -> None:
+    train, test = chat.generate()
+    assert (SAMPLES / "chat_zh_tw.jsonl").read_text(encoding="utf-8") == train
+    assert (SAMPLES / "chat_zh_tw_test.jsonl").read_text(encoding="utf-8") == test
+
+
+def test_conversations_have_all_shapes_and_no_question_twice(chat: ModuleType) -> None:
+    train, test = conversations("chat_zh_tw"), conversations("chat_zh_tw_test")
+    assert len(train) > 2000 and len(test) > 200
+    for row in train + test:
+        roles = [message["role"] for message in row["messages"]]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
+        assert all(
+            message["content"] and not re.search(r"[\[\]{}/]|\s", message["content"])
+            for message in row["messages"]
+        )
+    shapes = {tuple(message["role"] for message in row["messages"]) for row in train}
+    assert {("user", "assistant"), ("system", "user", "assistant")} <= shapes
+    assert max(map(len, shapes)) == 6
+    questions = [chat.question(row) for row in train + test]
+    assert len(set(questions)) == len(questions)
+
+
+def test_every_kind_is_trained_and_tested(chat: ModuleType) -> None:
+    kinds = {kind.name for kind in chat.read_grammar().kinds}
+    assert {row["kind"] for row in conversations("chat_zh_tw_test")} == kinds
+    assert all(set(row) == {"messages"} for row in conversations("chat_zh_tw"))
+
+
+def test_rules_accept_the_written_answer_and_not_another_one(chat: ModuleType) -> None:
+    rows = conversations("chat_zh_tw_test")
+    answers = [row["messages"][-1]["content"] for row in rows]
+    for row in rows:
+        num_accepted = sum(chat.is_right(row, answer) for answer in answers)
+        # A sum, a region or a way to travel is shared by several questions.
+        assert num_accepted < 0.1 * len(answers), (row["check"], num_accepted)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("晴天、雨天、陰天。", True),
+        ("陰天、晴天、雨天。", True),
+        ("晴天、雨天。", False),
+        ("晴天、雨天、晴天。", False),
+        ("晴天、雨天、颱風。", False),
+        ("晴天、雨天、陰天", False),
+    ],
+)
+def test_a_rule_counts_different_words_of_the_list(
+    chat: ModuleType, answer: str, right: bool
+) -> None:
+    grammar = chat.read_grammar()
+    kind = next(kind for kind in grammar.kinds if kind.name == "三個詞")
+    dice = chat.Dice("rule")
+    row = chat.write_conversation(kind, grammar, dice)
+    while "雨天" not in row["check"]:
+        row = chat.write_conversation(kind, grammar, dice)
+    assert chat.is_right(row, answer) is right
+
+
+def test_words_are_turned_round_and_their_ends_taken(generator: ModuleType) -> None:
+    bindings = {"w": {"name": "番茄炒蛋"}}
+    filled = generator.fill("{w.name:r} {w.name:f} {w.name:l} {w.name}", bindings, "zh_tw")
+    assert filled == "蛋炒茄番 番 蛋 番茄炒蛋"
