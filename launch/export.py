@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import run_folder
 from trainer.config import RunConfig, load_config
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.engine.committed import Checkpoint
@@ -27,9 +26,10 @@ def main(argv: Sequence[str]) -> int:
             f"{options.run} is a vocabulary run: its model is already a plain folder, "
             f"{options.run / 'model'}"
         )
+    from trainer.engine.committed import find_checkpoint
     from trainer.models.aside import written_aside
 
-    checkpoint = _choose(options.run / "checkpoints", options.step)
+    checkpoint = find_checkpoint(options.run / "checkpoints", options.step)
     with written_aside(options.out) as folder:
         num_params, precision, num_padding = _write_model(config, options, checkpoint, folder)
         _write_card(config, options.run, checkpoint, folder, num_params, precision, num_padding)
@@ -49,22 +49,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--max-shard-gb", type=float, default=4.0, help="largest file, in 1e9 bytes"
     )
     return parser.parse_args(argv)
-
-
-def _choose(folder: Path, step: int | None) -> Checkpoint:
-    from trainer.engine.committed import Checkpoint, find_newest, list_steps, verify
-
-    if step is None:
-        newest = find_newest(folder)
-        if newest is None:
-            raise CheckpointError(f"{folder} holds no checkpoint yet; let the run save one first")
-        return newest
-    path = folder / f"step_{step:08d}"
-    problem = verify(path)
-    if problem:
-        steps = ", ".join(str(int(p.name[5:])) for p in list_steps(folder))
-        raise CheckpointError(f"--step={step}: {problem}; checkpoints there: {steps or 'none'}")
-    return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
 
 
 def _write_model(

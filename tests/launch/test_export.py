@@ -149,7 +149,7 @@ def test_adapters_that_cannot_be_merged_are_not_dropped(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_says_why(exported: dict[str, Path], tmp_path: Path) -> None:
     run = exported["folder"] / "run_tied"
-    with pytest.raises(CheckpointError, match=r"--step=99: manifest unreadable.*there: 3"):
+    with pytest.raises(CheckpointError, match=r"step=99: manifest unreadable.*there: 3"):
         export.main([str(run), str(tmp_path / "out"), "--step", "99"])
     with pytest.raises(ConfigError, match="exists"):
         export.main([str(run), str(exported["tied"])])

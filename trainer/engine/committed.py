@@ -77,6 +77,24 @@ def find_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def find_checkpoint(folder: Path, step: int | None) -> Checkpoint:
+    """Return the newest complete checkpoint, or the one of ``step``, verified.
+
+    Raises:
+        CheckpointError: there is none, or that one is missing or damaged.
+    """
+    if step is None:
+        newest = find_newest(folder)
+        if newest is None:
+            raise CheckpointError(f"{folder} holds no checkpoint yet; let the run save one first")
+        return newest
+    path = folder / f"step_{step:08d}"
+    if problem := verify(path):
+        steps = ", ".join(str(int(p.name[5:])) for p in list_steps(folder))
+        raise CheckpointError(f"step={step}: {problem}; checkpoints there: {steps or 'none'}")
+    return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+
+
 def _announce_steps(folder: Path) -> Iterator[int]:
     """Yield the committed steps that rank 0 sees, newest first, on every rank."""
     rank, _ = _rank_and_world()
