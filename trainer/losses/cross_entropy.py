@@ -45,18 +45,6 @@ def next_token_weights(weights: Tensor) -> Tensor:
     return torch.nn.functional.pad(weights[:, 1:], (0, 1))
 
 
-def count_targets(labels: Tensor) -> Tensor:
-    """Count what ``next_token_targets(labels)`` leaves to predict.
-
-    Args:
-        labels: ``[batch, seq]`` token ids, unshifted.
-
-    Returns:
-        ``[]`` int64 on the labels' device (no synchronisation).
-    """
-    return (labels[:, 1:] != IGNORE_INDEX).sum()
-
-
 def cross_entropy_sum(
     logits: Tensor, targets: Tensor, token_weights: Tensor | None = None
 ) -> Tensor:
@@ -81,7 +69,11 @@ def cross_entropy_sum(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, num_real_rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_real_rows: int | None = None,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum the negative log-likelihood of ``targets`` under ``softmax(hidden @ weight.T)``.
 
@@ -94,6 +86,7 @@ def linear_cross_entropy(
         weight: ``[v, d]`` output embedding, same dtype as ``hidden``.
         targets: ``[n]`` row numbers of ``weight``, already shifted; ``IGNORE_INDEX`` is left out.
         num_real_rows: rows from this one on are padding and take no part in the softmax.
+        token_weights: ``[n]`` factor of each target's loss, 0 or more, already shifted; None is 1.
 
     Returns:
         ``[]`` sum in nats, fp32 (fp64 for fp64 input).
@@ -101,9 +94,12 @@ def linear_cross_entropy(
     Raises:
         RuntimeError: when a target is no real row (on CUDA, as a device-side assertion).
     """
+    if token_weights is None:
+        token_weights = torch.ones_like(targets, dtype=_wide(hidden.dtype))
+    token_weights = token_weights.to(_wide(hidden.dtype))
     if not torch.is_grad_enabled():
-        return linear_nll(hidden, weight, targets, num_real_rows).sum()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, num_real_rows)
+        return (linear_nll(hidden, weight, targets, num_real_rows) * token_weights).sum()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, num_real_rows)
     return loss
 
 
@@ -125,7 +121,7 @@ def linear_nll(
     weight = weight[:num_real_rows]
     nll = torch.zeros_like(targets, dtype=_wide(hidden.dtype))
     for index in _chunks(targets, weight):
-        nll[index], _ = _softmax(hidden[index], weight, targets[index], need_probs=False)
+        nll[index], _ = _softmax(hidden[index], weight, targets[index], None)
     return nll
 
 
@@ -136,6 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        token_weights: Tensor,
         num_real_rows: int | None,
     ) -> Tensor:
         need_hidden, need_weight, *_ = ctx.needs_input_grad
@@ -144,13 +141,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         real = weight[:num_real_rows]
+        # Stored probabilities carry weight / heaviest, 1 at most, so that fp16 does not overflow.
+        heaviest = token_weights.max() if token_weights.any() else token_weights.new_ones(())
+        scales = token_weights * (_storage_scale(hidden.dtype) / heaviest)
         for index in _chunks(targets, real):
             rows, wanted = hidden[index], targets[index]
-            nll, probs = _softmax(rows, real, wanted)
-            loss += nll.sum()
+            nll, probs = _softmax(rows, real, wanted, scales[index])
+            loss += (nll * token_weights[index]).sum()
             # The target's own entry of the logits' gradient, p - 1, is most of the gradient: it
             # goes in apart, in fp32, where low-precision probabilities would round it.
-            at_target = torch.expm1(-nll)[:, None] * _storage_scale(hidden.dtype)
+            at_target = (torch.expm1(-nll) * scales[index])[:, None]
             if hidden_grad is not None:
                 hidden_grad[index] = _mix_rows(probs, real).addcmul_(at_target, real[wanted])
             if weight_grad is not None:
@@ -159,14 +159,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del probs  # before the next chunk's logits are made
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtype = hidden.dtype
+        ctx.factor = heaviest / _storage_scale(hidden.dtype)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        factor = grad_output / _storage_scale(ctx.dtype)
+        factor = grad_output * ctx.factor
         grads = [_scaled(grad, factor, ctx.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -192,7 +193,7 @@ def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 def _softmax(
-    hidden: Tensor, weight: Tensor, targets: Tensor, need_probs: bool = True
+    hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return each token's loss and the probabilities of all rows but its target.
 
@@ -202,11 +203,10 @@ def _softmax(
         hidden: ``[t, d]``.
         weight: ``[v, d]``.
         targets: ``[t]``, all of them rows of ``weight``.
-        need_probs: false leaves the second result meaningless.
+        scales: ``[t]`` factors of the probabilities; None leaves the second result meaningless.
 
     Returns:
-        ``[t]`` nats and ``[t, v]`` in the dtype of ``hidden``, times ``_storage_scale``, 0 at the
-        targets.
+        ``[t]`` nats and ``[t, v]`` in the dtype of ``hidden``, times ``scales``, 0 at the targets.
     """
     logits = _matmul(hidden, weight.T)
     probs = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
@@ -222,8 +222,8 @@ def _softmax(
         at_target = tile.gather(1, wanted)
         total = tile.exp_().sum(1, keepdim=True)
         nll[rows] = (total.log() - at_target).squeeze(1)
-        if need_probs:
-            tile *= _storage_scale(hidden.dtype) / total
+        if scales is not None:
+            tile *= scales[rows, None] / total
             probs[rows] = tile.scatter_(1, wanted, 0.0)
     return nll, probs
 

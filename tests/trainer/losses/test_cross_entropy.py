@@ -10,11 +10,11 @@ from torch import Tensor
 from trainer.losses import cross_entropy
 from trainer.losses.cross_entropy import (
     IGNORE_INDEX,
-    count_targets,
     cross_entropy_sum,
     linear_cross_entropy,
     linear_nll,
     next_token_targets,
+    next_token_weights,
 )
 
 NUM_TOKENS, DIM, VOCAB = 37, 8, 23
@@ -30,8 +30,10 @@ def make_inputs(
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy_sum(hidden @ weight.T, targets)
+def plain(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None
+) -> Tensor:
+    return cross_entropy_sum(hidden @ weight.T, targets, token_weights)
 
 
 @pytest.fixture
@@ -47,14 +49,17 @@ def test_the_shift_happens_once() -> None:
     labels = torch.tensor([[5, 6, 7, 8], [1, IGNORE_INDEX, 3, IGNORE_INDEX]])
     expected = [[6, 7, 8, IGNORE_INDEX], [IGNORE_INDEX, 3, IGNORE_INDEX, IGNORE_INDEX]]
     assert next_token_targets(labels).tolist() == expected
-    assert count_targets(labels).item() == 4
     assert labels.tolist()[0] == [5, 6, 7, 8]
+
+
+def test_weights_shift_with_their_labels() -> None:
+    weights = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.0, 0.25]])
+    assert next_token_weights(weights).tolist() == [[1.0, 2.0, 0.0], [0.0, 0.25, 0.0]]
 
 
 def test_a_row_of_one_token_has_no_target() -> None:
     labels = torch.tensor([[5]])
     assert next_token_targets(labels).tolist() == [[IGNORE_INDEX]]
-    assert count_targets(labels).item() == 0
 
 
 def test_equals_a_hand_computed_value() -> None:
@@ -63,6 +68,14 @@ def test_equals_a_hand_computed_value() -> None:
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2]))
     assert loss.item() == pytest.approx(math.log(4) + math.log(8 / 5), rel=1e-6)
+
+
+def test_weighted_loss_equals_a_hand_computed_value() -> None:
+    hidden = torch.ones(3, 1)
+    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
+    token_weights = torch.tensor([0.5, 3.0, 0.0])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 0]), None, token_weights)
+    assert loss.item() == pytest.approx(0.5 * math.log(4) + 3 * math.log(8 / 5), rel=1e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -112,6 +125,67 @@ def test_gradients_equal_plain_logits_in_float64() -> None:
     )
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+def test_weighted_gradients_equal_plain_logits_in_float64() -> None:
+    hidden, weight, targets = make_inputs()
+    token_weights = torch.arange(NUM_TOKENS, dtype=torch.float64) % 5 / 2
+    targets[::3] = IGNORE_INDEX
+    by_hand = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    expected = torch.autograd.grad(by_hand @ token_weights / 7, (hidden, weight))
+    for compute in (
+        lambda h, w: linear_cross_entropy(h, w, targets, None, token_weights),
+        lambda h, w: cross_entropy_sum(h @ w.T, targets, token_weights),
+    ):
+        loss = compute(hidden, weight)
+        assert loss.item() == pytest.approx((by_hand @ token_weights).item(), rel=1e-12)
+        actual = torch.autograd.grad(loss / 7, (hidden, weight))
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_weight_of_zero_is_a_masked_position() -> None:
+    hidden, weight, targets = make_inputs()
+    token_weights = torch.ones(NUM_TOKENS, dtype=torch.float64)
+    token_weights[4] = 0
+    weighted = linear_cross_entropy(hidden, weight, targets, None, token_weights)
+    grads = torch.autograd.grad(weighted, (hidden, weight))
+    assert torch.all(grads[0][4] == 0)
+    targets[4] = IGNORE_INDEX
+    masked = linear_cross_entropy(hidden, weight, targets)
+    assert weighted.item() == pytest.approx(masked.item(), rel=1e-14)
+    for one, other in zip(grads, torch.autograd.grad(masked, (hidden, weight)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    hidden, weight, targets = make_inputs(torch.float32)
+    plainly = linear_cross_entropy(hidden, weight, targets)
+    weighted = linear_cross_entropy(hidden, weight, targets, None, torch.ones(NUM_TOKENS))
+    assert plainly.item() == weighted.item()
+    grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in (plainly, weighted)]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_evaluation_weights_alike() -> None:
+    hidden, weight, targets = make_inputs()
+    token_weights = torch.arange(NUM_TOKENS) / 4
+    trained = linear_cross_entropy(hidden, weight, targets, None, token_weights)
+    with torch.no_grad():
+        measured = linear_cross_entropy(hidden, weight, targets, None, token_weights)
+    assert measured.item() == pytest.approx(trained.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("token_weight", [1e-6, 8.0])
+def test_heavy_and_light_weights_lose_nothing_in_fp16(token_weight: float) -> None:
+    """Stored probabilities are near the ends of fp16's range; the weight must not push them out."""
+    hidden = torch.ones(2, 1, dtype=torch.float16)
+    weight = torch.tensor([[0.0], [12.0]], dtype=torch.float16, requires_grad=True)
+    token_weights = torch.full((2,), token_weight)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 0]), None, token_weights)
+    (loss / token_weight).backward()  # the target has next to no probability: 2 × (p - 1)
+    assert weight.grad.flatten().tolist() == pytest.approx([-2, 2], rel=2e-3)
 
 
 def test_a_masked_position_gives_and_gets_nothing() -> None:
@@ -203,10 +277,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
 @pytest.mark.parametrize("confident", [False, True], ids=["uniform", "confident"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_no_larger_than_that_of_plain_logits(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, confident: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, confident: bool, weighted: bool
 ) -> None:
     """Loss to 1e-3 of float64, gradients at most 1 % worse than plain logits in ``dtype``."""
     num_tokens, dim, vocab = 1024, 64, 5000
@@ -217,11 +292,12 @@ def test_error_is_no_larger_than_that_of_plain_logits(
     if confident:
         hidden += 25 * weight[targets] * torch.rand(num_tokens, 1, generator=generator)
     weight, hidden = weight.to(dtype), hidden.to(dtype)
+    token_weights = torch.rand(num_tokens, generator=generator) * 3 if weighted else None
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 200 * vocab * dtype.itemsize)
 
     def run(compute, run_dtype):
         inputs = [x.to(run_dtype, copy=True).requires_grad_() for x in (hidden, weight)]
-        loss = compute(*inputs, targets)
+        loss = compute(*inputs, targets, token_weights=token_weights)
         grads = torch.autograd.grad(loss / num_tokens * 3, inputs)
         return loss.item(), grads
 
