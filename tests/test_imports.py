@@ -16,7 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[list[str]] = [
     ["trainer.losses", "trainer.plan", "trainer.errors", "trainer.config", "tokenizer"],
     ["trainer.data", "trainer.models", "trainer.engine", "trainer.metrics"],
-    ["trainer.stage", "trainer.numerics", "trainer.signals", "trainer.environment"],
+    [
+        "trainer.stage",
+        "trainer.numerics",
+        "trainer.signals",
+        "trainer.environment",
+        "trainer.inference",
+    ],
     ["trainer.loop", "trainer.policy", "trainer.inputs", "trainer.held_out"],
     ["trainer.next_token"],
     ["trainer.stages"],
