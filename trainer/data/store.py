@@ -50,6 +50,8 @@ class SourceStore:
         text_hashes: ``[num_documents]`` uint64.
         holdout_share: share of documents kept from training.
         manifest: what ``kuroshio prepare`` recorded.
+        weights: ``[num_tokens]`` of conversations: factor of each token's loss as a target, 0 for
+            none; documents have no such array.
     """
 
     name: str
@@ -61,6 +63,7 @@ class SourceStore:
     text_hashes: NDArray[np.uint64]
     holdout_share: float
     manifest: Mapping[str, Any]
+    weights: NDArray[np.float32] | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str, holdout_share: float) -> SourceStore:
@@ -83,6 +86,7 @@ class SourceStore:
             text_hashes=mapped["text_hashes"],
             holdout_share=holdout_share,
             manifest=manifest,
+            weights=mapped.get("weights"),
         )
 
     def document_ids(self, held_out: bool) -> NDArray[np.int64]:
@@ -100,6 +104,12 @@ class SourceStore:
     def document(self, index: int) -> NDArray[Any]:
         """Return the ids of one document, without copying. -> [tokens of the document]"""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def document_weights(self, index: int) -> NDArray[np.float32] | None:
+        """Return the loss weights of one document's tokens. -> [tokens of the document]"""
+        if self.weights is None:
+            return None
+        return self.weights[self.offsets[index] : self.offsets[index + 1]]
 
 
 @dataclass(frozen=True)
