@@ -22,11 +22,13 @@ class Row:
         pieces: token ids of the documents (or parts of them) in the row, in order.
         sample_id: global index of the row in the run; -1 for a row that only fills a batch.
         source_id: index of its source in the store.
+        weights: factor of each token's loss as a target, piece by piece; None is 1.
     """
 
     pieces: Sequence[NDArray[Any]]
     sample_id: int
     source_id: int
+    weights: Sequence[NDArray[np.float32]] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Batch:
 
     Attributes:
         input_ids: ``[rows, length]`` int64.
-        labels: ``[rows, length]`` int64, not shifted; ``IGNORE_INDEX`` at padding and at the first
-            token of every piece, which nothing in its row could predict.
+        labels: ``[rows, length]`` int64, not shifted; ``IGNORE_INDEX`` at padding, where the weight
+            is 0, and at the first token of every piece, which nothing in its row could predict.
         position_ids: ``[rows, length]`` int64; from 0 at each piece when documents are isolated.
         sample_ids: ``[rows]`` int64, global row index.
         source_ids: ``[rows]`` int64.
+        piece_lengths: tokens of each row's pieces, in order.
+        weights: ``[rows, length]`` float32, not shifted; 0 where there is no label. None is 1.
     """
 
     input_ids: Tensor
@@ -48,11 +52,25 @@ class Batch:
     position_ids: Tensor
     sample_ids: Tensor
     source_ids: Tensor
+    piece_lengths: Sequence[Sequence[int]]
+    weights: Tensor | None = None
 
     @property
-    def num_targets(self) -> int:
-        """Tokens of the batch that are predicted."""
+    def num_targets(self) -> float:
+        """What a mean over the targets divides by: their number, or the sum of their weights."""
+        if self.weights is not None:
+            return float(self.weights.sum(dtype=torch.float64))
+        return float(self.num_trained)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are predicted."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(map(sum, self.piece_lengths))
 
 
 def collate(rows: Sequence[Row], *, length: int | None, pad_token_id: int, isolate: bool) -> Batch:
@@ -74,12 +92,18 @@ def collate(rows: Sequence[Row], *, length: int | None, pad_token_id: int, isola
     input_ids = np.full(shape, pad_token_id, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     position_ids = np.tile(np.arange(length, dtype=np.int64), (len(rows), 1))
+    is_weighted = any(row.weights is not None for row in rows)
+    weights = np.zeros(shape, np.float32) if is_weighted else None
     for i, row in enumerate(rows):
         at = 0
-        for piece in row.pieces:
+        for number, piece in enumerate(row.pieces):
             end = at + len(piece)
             input_ids[i, at:end] = piece
             labels[i, at + 1 : end] = piece[1:]
+            if weights is not None:
+                own = row.weights[number][1:] if row.weights else np.float32(1)
+                weights[i, at + 1 : end] = own
+                labels[i, at + 1 : end][weights[i, at + 1 : end] == 0] = IGNORE_INDEX
             if isolate:
                 position_ids[i, at:end] -= at
             at = end
@@ -91,4 +115,6 @@ def collate(rows: Sequence[Row], *, length: int | None, pad_token_id: int, isola
         position_ids=torch.from_numpy(position_ids),
         sample_ids=torch.tensor([row.sample_id for row in rows], dtype=torch.int64),
         source_ids=torch.tensor([row.source_id for row in rows], dtype=torch.int64),
+        piece_lengths=[[len(piece) for piece in row.pieces] for row in rows],
+        weights=None if weights is None else torch.from_numpy(weights),
     )

@@ -1,32 +1,76 @@
 """Batches for training and evaluation, computed from row numbers alone.
 
 The content of a row hangs on the seed and the row's number, never on ranks, accumulation or
-micro-batch size. So the whole state of a training loader is one integer.
+micro-batch size. So the whole state of a training loader is one integer. Rows of uneven length are
+dealt within their optimizer step by length, so that all ranks pad little and finish together.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import DataConfig
 from trainer.data.collate import Batch, Row, collate
 from trainer.data.mixture import Mixture
-from trainer.data.pack import Packer
-from trainer.data.store import TokenStore
+from trainer.data.pack import Packer, Piece, Rows, WholePacker
+from trainer.data.store import SourceStore, TokenStore
 from trainer.errors import ConfigError, DataError
 
 PREFETCH_BATCHES = 2  # hides the page faults of a store on a network file system
 
 
+class DrawnRow(NamedTuple):
+    """A row of the run: which it is and what it holds."""
+
+    number: int
+    source_id: int
+    pieces: list[Piece]
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+def make_rows(store: TokenStore, data: DataConfig, seed: int) -> dict[str, Rows]:
+    """Return the stream of training rows of every source."""
+    return {name: _rows_of(source, name, data, seed) for name, source in store.sources.items()}
+
+
+def _rows_of(source: SourceStore, name: str, data: DataConfig, seed: int) -> Rows:
+    documents = source.document_ids(held_out=False)
+    lengths = np.diff(source.offsets)[documents]
+    key = f"{seed}/{name}"
+    if data.content == "conversations" and data.packing:
+        return WholePacker(documents, lengths, max_length=data.max_length, seed_key=key)
+    return Packer(
+        documents, lengths, max_length=data.max_length, packing=data.packing, seed_key=key
+    )
+
+
+def make_mixture(rows: Mapping[str, Rows], data: DataConfig, seed: int) -> Mixture:
+    """Return which source each row of a run comes from.
+
+    Raises:
+        DataError: no source has rows to train on.
+    """
+    weights = {name: data.sources[name].weight for name in rows}
+    rows_per_epoch = {name: own.rows_per_epoch for name, own in rows.items()}
+    return Mixture(weights, rows_per_epoch, seed, by_pass=data.weights_are == "epochs")
+
+
 class TrainLoader:
     """An endless iterator over one rank's micro-batches.
 
-    Step k takes the global rows ``k * rows_per_step .. (k + 1) * rows_per_step - 1``; its a-th
-    micro-batches take the next ``world_size * micro_batch_size`` of them, in the order of ranks.
+    Step k takes the global rows ``k * rows_per_step .. (k + 1) * rows_per_step - 1``, the longest
+    first where lengths differ; its a-th micro-batches take the next ``world_size *
+    micro_batch_size`` of them, in the order of ranks.
 
     Args:
         store: the prepared sources.
@@ -72,24 +116,13 @@ class TrainLoader:
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._next_row, self._delivered = start_row, 0
-        self._packers = [self._packer(name, seed) for name in store.sources]
-        rows = [packer.rows_per_epoch for packer in self._packers]
-        self.mixture = Mixture(
-            {name: data_config.sources[name].weight for name in store.sources},
-            dict(zip(store.sources, rows, strict=True)),
-            seed,
-        )
-
-    def _packer(self, name: str, seed: int) -> Packer:
-        source = self.store.sources[name]
-        documents = source.document_ids(held_out=False)
-        return Packer(
-            documents,
-            np.diff(source.offsets)[documents],
-            max_length=self.data_config.max_length,
-            packing=self.data_config.packing,
-            seed_key=f"{seed}/{name}",
-        )
+        rows = make_rows(store, data_config, seed)
+        self.mixture = make_mixture(rows, data_config, seed)
+        self._sources = list(store.sources.values())
+        self._rows = list(rows.values())
+        # Cut documents fill their rows; other rows are as long as what is in them.
+        self._full_rows = data_config.packing and data_config.content == "documents"
+        self._step_rows: tuple[int, list[DrawnRow]] = (-1, [])
 
     def state(self) -> dict[str, int]:
         """Return the first row of the step that is not finished yet."""
@@ -117,23 +150,45 @@ class TrainLoader:
 
     def batch(self, index: int) -> Batch:
         """Return this rank's ``index``-th micro-batch of the whole run."""
-        start = (index * self.world_size + self.rank) * self.micro_batch_size
-        source_ids, source_rows = self.mixture.draw(start, start + self.micro_batch_size)
-        rows = []
-        for i, (source_id, source_row) in enumerate(zip(source_ids, source_rows, strict=True)):
-            source = self.store.sources[self.mixture.names[source_id]]
-            pieces = [
-                source.document(piece.document)[piece.start : piece.stop]
-                for piece in self._packers[source_id].row(int(source_row))
-            ]
-            rows.append(Row(pieces, start + i, int(source_id)))
+        unit = self.world_size * self.micro_batch_size
+        start = index * unit + self.rank * self.micro_batch_size
+        if self._full_rows:
+            drawn = self._draw(start, start + self.micro_batch_size)
+        else:
+            step, at = divmod(start, self.rows_per_step)
+            drawn = self._by_length(step)[at : at + self.micro_batch_size]
         config = self.data_config
         return collate(
-            rows,
-            length=config.max_length if config.packing else None,
+            [self._read(row) for row in drawn],
+            length=config.max_length if self._full_rows else None,
             pad_token_id=self.store.pad_token_id,
             isolate=config.packing and config.isolate_documents,
         )
+
+    def _draw(self, start: int, stop: int) -> list[DrawnRow]:
+        source_ids, source_rows = self.mixture.draw(start, stop)
+        pairs = zip(source_ids.tolist(), source_rows.tolist(), strict=True)
+        return [
+            DrawnRow(start + i, source_id, self._rows[source_id].row(source_row))
+            for i, (source_id, source_row) in enumerate(pairs)
+        ]
+
+    def _by_length(self, step: int) -> list[DrawnRow]:
+        """Return all rows of an optimizer step, the longest first."""
+        if self._step_rows[0] != step:
+            drawn = self._draw(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+            self._step_rows = step, sorted(drawn, key=lambda row: -row.length)
+        return self._step_rows[1]
+
+    def _read(self, drawn: DrawnRow) -> Row:
+        source = self._sources[drawn.source_id]
+        pieces, weights = [], []
+        for document, start, stop in drawn.pieces:
+            pieces.append(source.document(document)[start:stop])
+            own = source.document_weights(document)
+            if own is not None:
+                weights.append(own[start:stop])
+        return Row(pieces, drawn.number, drawn.source_id, weights or None)
 
 
 class EvalLoader:
@@ -185,6 +240,8 @@ class EvalLoader:
         self.num_chars = int(self._source.num_chars[self.documents].sum(dtype=np.int64))
         self.num_bytes = int(self._source.num_bytes[self.documents].sum(dtype=np.int64))
         self.num_targets = int((lengths - 1).sum())
+        if self._source.weights is not None:
+            self.num_targets = sum(int((self._weights(i)[1:] > 0).sum()) for i in self.documents)
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self._windows = self._cut(lengths, data_config.max_length)
         self.num_batches = -(-len(self._windows) // (micro_batch_size * world_size))
@@ -212,4 +269,13 @@ class EvalLoader:
         if index >= len(self._windows):
             return Row([], -1, self._source_id)
         document, start, stop = self._windows[index]
-        return Row([self._source.document(document)[start:stop]], index, self._source_id)
+        pieces = [self._source.document(document)[start:stop]]
+        if self._source.weights is None:
+            return Row(pieces, index, self._source_id)
+        return Row(pieces, index, self._source_id, [self._weights(document)[start:stop]])
+
+    def _weights(self, document: int) -> NDArray[np.float32]:
+        """Return 1 for each trained token: figures per character know no heavier ones."""
+        own = self._source.document_weights(document)
+        assert own is not None
+        return (own > 0).astype(np.float32)

@@ -9,6 +9,7 @@ of points in an interval has a closed form: any row can be found without walking
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -25,21 +26,25 @@ class Mixture:
     """Deterministic weighted choice of a source for every row.
 
     Args:
-        weights: relative share of rows of each source; 0 is never drawn.
-        rows_per_epoch: rows of one pass over each source, for the report of epochs.
+        weights: relative share of rows of each source, or of passes over it; 0 is never drawn.
+        rows_per_epoch: rows of one pass over each source.
         seed: moves the sequence along the circle.
+        by_pass: weights count passes: each source's rows are drawn ``weight`` times as often.
 
     Raises:
         DataError: no source has a weight above 0, or one that has holds no training row.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], rows_per_epoch: Mapping[str, int], seed: int
+        self,
+        weights: Mapping[str, float],
+        rows_per_epoch: Mapping[str, int],
+        seed: int,
+        by_pass: bool = False,
     ) -> None:
         self.names = list(weights)
         self.rows_per_epoch = dict(rows_per_epoch)
-        sums = np.cumsum([0.0, *weights.values()])
-        if not sums[-1] > 0:
+        if not any(weight > 0 for weight in weights.values()):
             raise DataError(
                 f"data.sources: no weight above 0 in {dict(weights)}; give one source a weight"
             )
@@ -49,9 +54,18 @@ class Mixture:
                     f"data.sources.{name}.weight={weight:g}, but no document of it is left for "
                     "training; lower its holdout_share or set its weight to 0"
                 )
+        shares = [w * rows_per_epoch[name] if by_pass else w for name, w in weights.items()]
+        # A pass is what the weights ask for; where they are shares, each drawn source's rows once.
+        drawn = [rows_per_epoch[name] for name, weight in weights.items() if weight > 0]
+        self.rows_per_pass = sum(shares) if by_pass else float(sum(drawn))
+        sums = np.cumsum([0.0, *shares])
         digest = hashlib.blake2b(f"mixture/{seed}".encode(), digest_size=8).digest()
         self._offset = int.from_bytes(digest, "little")
         self._edges = [round(float(share) * CIRCLE) for share in sums / sums[-1]]
+
+    def num_steps(self, passes: float, rows_per_step: int) -> int:
+        """Return the optimizer steps that ``passes`` over the data take, the last one whole."""
+        return max(1, math.ceil(round(passes * self.rows_per_pass / rows_per_step, 9)))
 
     def counts_at(self, row: int) -> list[int]:
         """Return how many of the rows before ``row`` come from each source."""

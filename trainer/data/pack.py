@@ -1,17 +1,21 @@
 """From a source's documents to rows of a fixed length, as arithmetic over lengths.
 
 An epoch is the source's documents in a shuffled order. Packed, they form one stream that is cut
-every ``max_length`` tokens; unpacked, each document is cut into pieces of its own. Both ways every
-token of the epoch lands in exactly one row, and any row is found without building those before it.
+every ``max_length`` tokens; unpacked, each document is cut into pieces of its own. Conversations
+are never cut: packed, they are dealt whole to bins. In every way each token of the epoch lands in
+exactly one row, and any row is found without building those before it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trainer.data.bins import fill_bins
+from trainer.errors import DataError
 
 
 class Piece(NamedTuple):
@@ -22,8 +26,17 @@ class Piece(NamedTuple):
     stop: int
 
 
+class Rows(Protocol):
+    """The endless stream of rows of one source: epoch after epoch, each in its own order."""
+
+    rows_per_epoch: int
+
+    def row(self, index: int) -> list[Piece]:
+        """Return the pieces of row ``index`` of the stream, in order."""
+
+
 class Packer:
-    """The endless stream of rows of one source: epoch after epoch, each in its own order.
+    """Rows of documents that may be cut.
 
     Args:
         documents: ``[n]`` indices of the documents to use.
@@ -88,6 +101,60 @@ class Packer:
         start = (row - first_row) * self.max_length
         stop = min(start + self.max_length, length)
         return [Piece(int(self._documents[chosen]), start, stop)]
+
+
+class WholePacker:
+    """Rows of whole documents, as many in each as fit.
+
+    How many documents of which length share a bin is decided once; which they are, and the order
+    of the bins, anew for each epoch.
+
+    Args:
+        documents: ``[n]`` indices of the documents to use.
+        lengths: ``[n]`` their lengths in tokens.
+        max_length: tokens a row.
+        seed_key: decides the orders; name the seed and the source in it.
+
+    Raises:
+        DataError: a document is longer than a row.
+    """
+
+    def __init__(
+        self,
+        documents: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        *,
+        max_length: int,
+        seed_key: str,
+    ) -> None:
+        longest = int(lengths.max(initial=0))
+        if longest > max_length:
+            raise DataError(
+                f"a prepared conversation has {longest} tokens, more than data.max_length="
+                f"{max_length}; run `kuroshio prepare` with the max_length of this run"
+            )
+        self.seed_key = seed_key
+        self._documents, self._lengths = documents, lengths
+        self._bins = fill_bins(lengths, max_length)
+        self._epoch = -1
+        self._order = self._sorted = np.empty(0, np.int64)
+        self.rows_per_epoch = len(self._bins)
+
+    def row(self, index: int) -> list[Piece]:
+        """Return the documents of row ``index`` of the stream, the longest first."""
+        epoch, row = divmod(index, self.rows_per_epoch)
+        if epoch != self._epoch:
+            self._enter(epoch)
+        chosen = self._sorted[self._bins[int(self._order[row])]]
+        pairs = zip(self._documents[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)
+        return [Piece(document, 0, length) for document, length in pairs]
+
+    def _enter(self, epoch: int) -> None:
+        """Shuffle the bins for ``epoch``, and documents of equal length among them."""
+        self._order = shuffle(self.rows_per_epoch, f"{self.seed_key}/{epoch}")
+        dealt = shuffle(len(self._documents), f"{self.seed_key}/{epoch}/documents")
+        self._sorted = dealt[np.argsort(-self._lengths[dealt], kind="stable")]
+        self._epoch = epoch
 
 
 def shuffle(num_items: int, key: str) -> NDArray[np.int64]:
