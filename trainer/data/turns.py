@@ -1,0 +1,147 @@
+"""Rendered conversations, and where in the text each answer stands.
+
+The chat template itself says where an answer begins and ends: what it renders for the messages
+before the answer, with the generation prompt, is what a model is given, and what the answer adds
+to that is what the model is to write. Templates that rewrite earlier turns break this; there the
+answer is found by rendering a mark in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trainer.data.rows import RowError
+
+MARK = "\ue0f0\ue0f1\ue0f2"  # private-use characters that no template and no text holds
+
+Chat = list[dict[str, Any]]  # messages as ``apply_chat_template`` reads them
+Tools = list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where one answer stands in the rendered text, in characters.
+
+    Attributes:
+        start: first character that the model writes.
+        content_end: end of what the answer itself says.
+        end: end of what the template adds to close it, such as ``<|im_end|>`` and a newline.
+    """
+
+    start: int
+    content_end: int
+    end: int
+
+
+class Renderer:
+    """A chat template with the special tokens it may write.
+
+    Args:
+        template: Jinja text.
+        special_tokens: ``tokenizer.special_tokens_map``.
+        control_tokens: texts of the tokenizer's added tokens; one of them closes an answer.
+    """
+
+    def __init__(
+        self, template: str, special_tokens: Mapping[str, str], control_tokens: Sequence[str]
+    ) -> None:
+        self.template = template
+        self._special_tokens = dict(special_tokens)
+        longest_first = sorted(control_tokens, key=len, reverse=True)
+        # (?!) matches nowhere.
+        self.control_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def render(self, chat: Chat, tools: Tools, *, generate: bool = False) -> str:
+        """Return the text of ``chat``, as ``apply_chat_template(tokenize=False)`` does.
+
+        Args:
+            chat: the messages.
+            tools: function schemas.
+            generate: end with what opens an answer.
+
+        Raises:
+            RowError: the template refuses these messages.
+        """
+        try:
+            (text,), _ = render_jinja_template(
+                [chat],
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=generate,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise RowError(f"chat template: {error or type(error).__name__}") from error
+        return text
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template writes after an answer; empty when it cannot be told."""
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        try:
+            return self.render(chat, None).rpartition(MARK)[2]
+        except RowError:
+            return ""
+
+    def find_turn(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
+        """Find answer ``index`` of ``chat`` in ``text``, the rendering of the whole chat.
+
+        Returns:
+            None where the text does not hold what the model is to write: the template has
+            rewritten that turn, such as by leaving out its thoughts.
+        """
+        return self._find_by_prefixes(chat, tools, index, text) or self._find_by_mark(
+            chat, tools, index, text
+        )
+
+    def _find_by_prefixes(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
+        if index == 0:
+            return None
+        before = self.render(chat[:index], tools, generate=True)
+        is_last = index == len(chat) - 1
+        through = text if is_last else self.render(chat[: index + 1], tools)
+        if not (text.startswith(through) and through.startswith(before)):
+            return None
+        return Turn(len(before), self._content_end(through, len(before)), len(through))
+
+    def _content_end(self, text: str, start: int) -> int:
+        """Return where the closing of the answer that ends ``text`` begins."""
+        closing = self.closing
+        if closing and text.endswith(closing) and len(text) - len(closing) >= start:
+            return len(text) - len(closing)
+        # Another closing than usual, as after a call: the control token that ends the text.
+        trimmed = text.rstrip()
+        last = max(
+            (match.end() for match in self.control_token.finditer(trimmed, start)), default=0
+        )
+        if last != len(trimmed):
+            return len(text)
+        return [match.start() for match in self.control_token.finditer(trimmed, start)][-1]
+
+    def _find_by_mark(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
+        message = chat[index]
+        if message.get("tool_calls") or message.get("reasoning_content"):
+            return None  # more than its content would have to be found
+        marked = [*chat[:index], {**message, "content": MARK}, *chat[index + 1 :]]
+        before, mark, after = self.render(marked, tools).partition(MARK)
+        if not mark or not (text.startswith(before) and text.endswith(after)):
+            return None
+        content_end = len(text) - len(after)
+        if content_end < len(before):
+            return None
+        return Turn(len(before), content_end, content_end + self._closing_length(after))
+
+    def _closing_length(self, after: str) -> int:
+        """Return how much of what follows an answer closes it."""
+        if self.closing and after.startswith(self.closing):
+            return len(self.closing)
+        blank = len(after) - len(after.lstrip())
+        match = self.control_token.match(after, blank)
+        return match.end() if match else 0
