@@ -19,7 +19,7 @@ from trainer.data.conversation import Conversation, Message
 from trainer.data.encode import EncoderSpec, token_dtype
 from trainer.data.rows import RowError
 from trainer.data.templates import resolve_template
-from trainer.data.turns import MARK, Renderer, Turn
+from trainer.data.rendering import MARK, Renderer, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -99,7 +99,7 @@ class EncodedRow:
     Attributes:
         chats: usually one; templates that leave old thoughts out need one for each such answer.
         num_turns_cut: answers that were left out because of ``max_length``.
-        spells_control: whether a message spells a token such as ``</s>``, which is then read as one.
+        spells_control: whether a message spells a token such as ``</s>``, which is read as one.
     """
 
     chats: list[EncodedChat]
