@@ -17,9 +17,9 @@ from tokenizers import Encoding, Tokenizer
 
 from trainer.data.conversation import Conversation, Message
 from trainer.data.encode import EncoderSpec, token_dtype
+from trainer.data.rendering import MARK, Renderer, Turn
 from trainer.data.rows import RowError
 from trainer.data.templates import resolve_template
-from trainer.data.rendering import MARK, Renderer, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

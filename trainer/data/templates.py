@@ -10,10 +10,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, TemplateError, meta
-from jinja2.ext import loopcontrols
-
 from trainer.config import nearest
+from trainer.data.rendering import MARK, Renderer
+from trainer.data.rows import RowError
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +50,9 @@ def resolve_template(tokenizer: PreTrainedTokenizerFast, name: str = AUTO) -> st
         ConfigError: no such template, no Jinja, or the tokenizer lacks tokens that it writes.
     """
     if name == AUTO:
-        return _own_template(tokenizer)
+        text = _own_template(tokenizer)
+        _check_ending(tokenizer, name, text)
+        return text
     path = Path(name).expanduser()
     if path.suffix in (".jinja", ".j2"):
         text = _read_file(path)
@@ -64,6 +65,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerFast, name: str = AUTO) -> st
             f"{', '.join(names)}{nearest(name, names)}"
         )
     _check_tokens(tokenizer, name, text)
+    _check_ending(tokenizer, name, text)
     return text
 
 
@@ -107,17 +109,27 @@ def _check_tokens(tokenizer: PreTrainedTokenizerFast, name: str, text: str) -> N
         raise ConfigError(
             f"data.template={name} writes {', '.join(lacking)}, which the tokenizer does not have "
             "as single tokens; add them and their embedding rows with stage=vocab "
-            f'"stage.extra_pieces=[{pieces}]", or choose a template without special tokens '
-            "(alpaca, vicuna, plain)"
+            f'"stage.extra_pieces=[{pieces}]", or choose a template whose tokens it has: '
+            f"{', '.join(fitting)}"
         )
+
+
+def _check_ending(tokenizer: PreTrainedTokenizerFast, name: str, text: str) -> None:
+    """Raise when the template is no Jinja, or nothing would teach a model where to end."""
+    special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+    control = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    renderer = Renderer(text, special | {"eos_token": MARK}, control)
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
     try:
-        syntax = Environment(extensions=[loopcontrols, "jinja2.ext.do"]).parse(text)
-    except TemplateError as error:
-        raise ConfigError(f"data.template={name} is not valid Jinja: {error}") from error
-    if "eos_token" in meta.find_undeclared_variables(syntax) and tokenizer.eos_token is None:
+        rendered = renderer.render(chat, None)
+    except RowError as error:
+        raise ConfigError(f"data.template={name} cannot be used: {error}") from error
+    closing = rendered.rpartition(".")[2]
+    ends = MARK not in rendered and renderer.control_token.search(closing)
+    if tokenizer.eos_token is None and not ends:
         raise ConfigError(
-            f"data.template={name} ends answers with eos_token, but the tokenizer names none; "
-            "give a tokenizer with an end token, or a template that ends answers otherwise"
+            f"data.template={name} needs an end token, but the tokenizer names none as eos_token; "
+            "name one in tokenizer_config.json, or choose a template that ends answers by another"
         )
 
 
