@@ -62,6 +62,7 @@ def _write_model(
     from tokenizer.load import load_tokenizer, num_ids, sentencepiece_file, write_pair_manifest
     from tokenizer.load import save_tokenizer as save
     from trainer.engine.committed import Reader
+    from trainer.models.adapter_files import run_adapter
     from trainer.models.export import Weights, write_shards
     from trainer.models.load import find_aliases, make_config
 
@@ -75,9 +76,9 @@ def _write_model(
     model_config.save_pretrained(folder)
     reader = Reader(checkpoint)
     base = Path(config.model.path) if config.model.path else None
-    scale = config.peft.alpha / config.peft.rank
+    adapter = run_adapter(options.run)
     aliases = find_aliases(model_config)
-    weights = Weights(reader.shapes, reader.read_whole, base, scale, aliases)
+    weights = Weights(reader.shapes, reader.read_whole, base, adapter, aliases)
     num_params = write_shards(
         weights,
         folder,

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tokenizer.load import num_ids, save_tokenizer, sentencepiece_file
 from trainer.config import grad_accum_steps
+from trainer.engine.collectives import barrier
 from trainer.engine.ds_config import ModelSize, make_ds_config
 from trainer.engine.engine import DTYPES, Engine, choose_precision, partitioning, prepare_ops
-from trainer.models.adapters import apply_peft
+from trainer.models.adapter_files import FOLDER
+from trainer.models.adapters import (
+    apply_peft,
+    fill_plain,
+    keep_adapter_config,
+    learning_rate_factors,
+)
 from trainer.models.aside import written_aside
 from trainer.models.head import install_fused_head, supports_fused_head
 from trainer.models.language_model import PREFIX, LanguageModel
 from trainer.models.load import load_model, make_config, measure
+from trainer.models.quantize import require_bitsandbytes
 from trainer.stage import Context
 
 SPECIAL = ("bos", "eos", "pad")
+
+T = TypeVar("T")
 
 
 def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, Any]]:
@@ -35,7 +47,9 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
     prepare_ops(config.engine, context.local_rank)
     precision = choose_precision(config.engine.precision)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in SPECIAL}
-    model_config = make_config(config.model, num_ids(tokenizer), special)
+    if config.peft.mode == "qlora":
+        require_bitsandbytes()
+    model_config = _in_turn(context, lambda: make_config(config.model, num_ids(tokenizer), special))
     ds_config = make_ds_config(
         config.engine,
         precision=precision,
@@ -48,17 +62,33 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
     )
     seed = config.loop.seed
     split = partitioning(ds_config)
-    model = load_model(config.model, model_config, DTYPES[precision], seed, split)
+    quantization = config.peft.quantization if config.peft.mode == "qlora" else None
+    model = load_model(config.model, model_config, DTYPES[precision], seed, split, quantization)
     if supports_fused_head(model):
         install_fused_head(model, num_ids(tokenizer))
     torch.manual_seed(seed)  # adapters start equal on every rank
-    adapted = apply_peft(model, config.peft)
+    # Where transformers is said to split models, peft gathers the weights that DoRA starts from.
+    with split.transformers_loading() if split else nullcontext():
+        fill = split.fill if split else fill_plain
+        adapted = apply_peft(model, config.peft, config.model.path, fill)
+    if adapted is not model and context.rank == 0:
+        keep_adapter_config(adapted, context.run_dir / FOLDER)
     if config.engine.activation_checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
         adapted.enable_input_require_grads()
     wrapped = LanguageModel(adapted, num_ids(tokenizer)).train()
-    engine = Engine(wrapped, config.engine, config.optim, ds_config, precision, PREFIX)
+    factors = learning_rate_factors(config.peft)
+    engine = Engine(wrapped, config.engine, config.optim, ds_config, precision, PREFIX, factors)
     return engine, model_config.to_dict()
+
+
+def _in_turn(context: Context, work: Callable[[], T]) -> T:
+    """Do ``work`` on rank 0 first: transformers copies a model's own code into a shared folder."""
+    if not context.config.model.trust_remote_code:
+        return work()
+    done = work() if context.rank == 0 else None
+    barrier()
+    return work() if done is None else done
 
 
 def keep_tokenizer(tokenizer: Any, path: Path, folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_stored_copy_of_a_tied_weight_is_left_out(tmp_path: Path) -> None:
     save_file(stale, tmp_path / "model.safetensors")
     trained = torch.ones(4, 2)
     weights = Weights(
-        {"embed.weight": [4, 2]}, lambda _: trained, tmp_path, 1.0, aliases={"lm_head.weight"}
+        {"embed.weight": [4, 2]}, lambda _: trained, tmp_path, None, aliases={"lm_head.weight"}
     )
     assert weights.shapes == {"embed.weight": [4, 2]}
     assert torch.equal(weights.read("embed.weight"), trained)
@@ -144,7 +144,7 @@ def test_adapters_that_cannot_be_merged_are_not_dropped(tmp_path: Path) -> None:
 
     names = ["base_model.model.embed.lora_embedding_A", "base_model.model.q.lora_A.default.weight"]
     with pytest.raises(CheckpointError, match="2 adapters are not of linear layers"):
-        Weights({name: [2, 4] for name in names}, torch.zeros, None, 1.0)
+        Weights({name: [2, 4] for name in names}, torch.zeros, None, {})
 
 
 def test_what_cannot_be_exported_says_why(exported: dict[str, Path], tmp_path: Path) -> None:

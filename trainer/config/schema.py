@@ -14,6 +14,8 @@ class ModelConfig:
     path: str | None = None
     architecture: dict[str, Any] | None = None  # keyword arguments of the transformers config class
     pad_vocab_to: int = 64  # from scratch: rows of both vocabulary matrices are a multiple of this
+    trust_remote_code: bool = False  # run the folder's own code, if it is that of revision
+    revision: str | None = None  # SHA-256 over the folder's .py files
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class ScheduleConfig:
 
     name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
+    warmup_share: float = 0.0  # of the run's steps; the longer of the two counts
     min_lr_ratio: float = 0.1
     decay_share: float = 0.2  # wsd: last share of the steps that decays
 
@@ -102,21 +105,27 @@ class ScheduleConfig:
 class PeftConfig:
     """Which parameters are trained."""
 
-    mode: Literal["full", "freeze", "lora"] = "full"
+    mode: Literal["full", "freeze", "lora", "qlora"] = "full"
     trainable: str | None = None  # freeze: regex searched in parameter names
+    trainable_layers: int = 0  # freeze: the last layers of the model
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dora: bool = False  # train each output's length apart from its direction
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
+    target_modules: list[str] | Literal["auto", "all-linear"] = "auto"
     train_embeddings: bool = False  # lora: train input and output embeddings as well
+    adapter: str | None = None  # lora: folder of an adapter to continue; it sets rank and modules
+    quantization: Literal["nf4", "int8"] = "nf4"  # qlora: storage of the frozen linear layers
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Length and rhythm of a run."""
 
-    max_steps: int = 100
-    epochs: float | None = None  # passes over the data; sets max_steps
+    max_steps: int = 100  # at most; 0 = as many as epochs take
+    epochs: float | None = None  # passes over the data; null = as many as max_steps make
     micro_batch_size: int = 1  # rows a rank holds at once
     global_batch_tokens: int = 8192  # tokens of one optimizer step over all ranks
     log_every: int = 1

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -22,7 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 
 from trainer.config import EngineConfig, OptimConfig
 from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments, set_adam_step
-from trainer.engine.grouping import global_norm, group_parameters
+from trainer.engine.grouping import global_norm, group_parameters, num_weights
 from trainer.engine.ops import build_ops, needed_ops
 from trainer.engine.precision import DTYPES as DTYPES
 from trainer.engine.precision import native_precision
@@ -126,6 +127,7 @@ class Engine:
         ds_config: from ``make_ds_config``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         prefix: of parameter names, left out in checkpoints.
+        lr_factors: factors of the learning rate by a part of the parameters' names.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Engine:
         ds_config: dict[str, Any],
         precision: str,
         prefix: str = "",
+        lr_factors: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.config = engine
         self._prefix = prefix
@@ -143,7 +146,7 @@ class Engine:
         self.grad_accum_steps: int = ds_config["gradient_accumulation_steps"]
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
-        optimizer = make_optimizer(model, engine, optim)
+        optimizer = make_optimizer(model, engine, optim, lr_factors)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
@@ -180,7 +183,7 @@ class Engine:
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
             for group in basic_optimizer(self.optimizer).param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             if self._plain_fp32:
                 self._grad_norm = global_norm(self.engine.module.parameters())
             self._reset_cpu_adam()
@@ -237,10 +240,7 @@ class Engine:
 
     def trained_share(self) -> float:
         """Return the share of the parameters that is trained."""
-        sizes = [
-            (vars(p).get("ds_numel", p.numel()), p.requires_grad)
-            for p in self.engine.module.parameters()
-        ]
+        sizes = [(num_weights(p), p.requires_grad) for p in self.engine.module.parameters()]
         return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -281,13 +281,16 @@ _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")
 
 
 def make_optimizer(
-    model: torch.nn.Module, engine: EngineConfig, optim: OptimConfig
+    model: torch.nn.Module,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    lr_factors: Mapping[str, float],
 ) -> torch.optim.Optimizer:
     """Return AdamW (arXiv:1711.05101), in C++ on the host when its states are offloaded.
 
     Its learning rate is 0 until ``Engine.step`` sets one.
     """
-    groups = group_parameters(model, optim.weight_decay)
+    groups = group_parameters(model, optim.weight_decay, lr_factors)
     settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     if engine.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds on import of its op only

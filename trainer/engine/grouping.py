@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,25 +10,45 @@ import torch
 from trainer.errors import ConfigError
 
 
-def group_parameters(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups of trained parameters: decayed matrices, undecayed vectors.
+def group_parameters(
+    model: torch.nn.Module, weight_decay: float, lr_factors: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return groups of trained parameters: decayed matrices, undecayed vectors, by learning rate.
+
+    Args:
+        model: the model.
+        weight_decay: of matrices.
+        lr_factors: factors of the learning rate by a part of the parameters' names.
 
     Raises:
         ConfigError: when nothing is trained.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decay = weight_decay if _num_dims(param) >= 2 else 0.0
+            groups.setdefault((_lr_factor(name, lr_factors), decay), []).append(param)
+    if not groups:
         raise ConfigError("no parameter is trained: check peft.mode and peft.trainable")
-    groups = [
-        {"params": [p for p in params if _num_dims(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if _num_dims(p) < 2], "weight_decay": 0.0},
+    return [
+        {"params": params, "weight_decay": decay, "lr_factor": factor}
+        for (factor, decay), params in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _lr_factor(name: str, lr_factors: Mapping[str, float]) -> float:
+    return next((factor for part, factor in lr_factors.items() if part in name), 1.0)
 
 
 def _num_dims(param: torch.nn.Parameter) -> int:
     """Return the dimensions of a parameter, partitioned by ZeRO-3 or not."""
     return len(param.ds_shape) if "ds_shape" in vars(param) else param.dim()
+
+
+def num_weights(param: torch.nn.Parameter) -> int:
+    """Return the weights that a parameter holds, also packed by quantisation or split by ZeRO-3."""
+    own = vars(param)
+    return int(own.get("num_weights", own.get("ds_numel", param.numel())))
 
 
 def global_norm(params: Iterator[torch.nn.Parameter]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import RunConfig, load_config
 from trainer.engine.committed import Reader, find_checkpoint
 from trainer.errors import CheckpointError, ConfigError
+from trainer.models.adapter_files import run_adapter
 from trainer.models.export import Weights
 from trainer.models.load import find_aliases, make_config
 
@@ -49,7 +50,7 @@ def load_run(
         reader.shapes,
         reader.read_whole,
         base_folder,
-        config.peft.alpha / config.peft.rank,
+        run_adapter(folder),
         find_aliases(model_config),
     )
     with no_init_weights():

@@ -1,55 +1,236 @@
-"""Which parameters are trained: all, those matching a regex, or low-rank adapters."""
+"""Which parameters are trained: all, some by name or layer, or low-rank adapters."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from trainer.config import PeftConfig
+from trainer.config import PeftConfig, nearest
 from trainer.errors import ConfigError
+from trainer.models.adapter_files import (
+    NAME,
+    AdapterFiles,
+    file_name,
+    write_adapter_config,
+)
+from trainer.models.families import ALL_LINEAR, lora_targets
+
+if TYPE_CHECKING:  # peft costs 0.3 s, which only adapters pay
+    from peft import PeftModel
+
+LOG = logging.getLogger(__name__)
+B_MATRICES = ".lora_B."  # in the names of the parameters that LoRA+ trains faster
+# Sets a parameter, split over the ranks or not, from its full value.
+Fill = Callable[[nn.Parameter, Callable[[], Tensor]], None]
 
 
-def apply_peft(model: PreTrainedModel, peft: PeftConfig) -> PreTrainedModel | PeftModel:
+def fill_plain(param: nn.Parameter, read: Callable[[], Tensor]) -> None:
+    """Set a parameter that every rank holds whole."""
+    with torch.no_grad():
+        param.copy_(read().view(param.shape))
+
+
+def apply_peft(
+    model: PreTrainedModel, peft: PeftConfig, base: str | None = None, fill: Fill = fill_plain
+) -> PreTrainedModel | PeftModel:
     """Set ``requires_grad`` (and add adapters) as the peft group says.
 
+    Args:
+        model: the base, perhaps quantised, perhaps split by ZeRO-3.
+        peft: the peft group.
+        base: the folder of the base; an adapter to continue must have been trained on it.
+        fill: sets a parameter of the model, when it is split.
+
     Raises:
-        ConfigError: when nothing would be trained.
+        ConfigError: when nothing would be trained, or an adapter does not fit.
     """
-    if peft.mode == "freeze":
-        _freeze_all_but(model, str(peft.trainable))
-    if peft.mode != "lora":
+    if peft.mode == "full":
         return model
-    embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
+    if peft.mode == "freeze":
+        _freeze_all_but(model, peft)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    files = AdapterFiles.open(peft.adapter) if peft.adapter else None
+    if files:
+        files.check_base(Path(str(base)))
+        settings = LoraConfig.from_pretrained(peft.adapter)
+        settings.inference_mode, settings.lora_dropout = False, peft.dropout
+    else:
+        settings = LoraConfig(
             r=peft.rank,
             lora_alpha=peft.alpha,
             lora_dropout=peft.dropout,
-            target_modules=peft.target_modules,
+            target_modules=find_targets(model, peft.target_modules),
+            use_rslora=peft.rslora,
+            use_dora=peft.dora,
             task_type="CAUSAL_LM",
-        ),
-        # One dtype for all trained parameters; the fp32 masters are DeepSpeed's.
-        autocast_adapter_dtype=False,
-    )
+        )
+    settings.base_model_name_or_path = base
+    embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    # One dtype for all trained parameters; the fp32 masters are DeepSpeed's.
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     for weight in embeddings if peft.train_embeddings else []:
         # peft's modules_to_save would copy each matrix and so untie tied ones.
         weight.requires_grad_(True)
+    if files:
+        _load(adapted, files, fill)
     return adapted
 
 
-def _freeze_all_but(model: PreTrainedModel, pattern: str) -> None:
+def keep_adapter_config(adapted: PeftModel, folder: Path) -> None:
+    """Write the adapters' settings, which exports of the run need, into a folder of the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in adapted.peft_config[NAME].to_dict().items()
+    }
+    write_adapter_config(folder, plain)
+
+
+def _load(adapted: PeftModel, files: AdapterFiles, fill: Fill) -> None:
+    """Start from the weights of an adapter.
+
+    Raises:
+        ConfigError: they are not exactly those that will be trained.
+    """
+    params = {file_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
+    every = {file_name(n) for n, _ in adapted.named_parameters(remove_duplicate=False)}
+    second_names = every - {file_name(n) for n, _ in adapted.named_parameters()}
+    missing = sorted(params.keys() - files.shapes.keys())
+    extra = sorted(files.shapes.keys() - params.keys() - second_names)
+    if missing or extra:
+        raise ConfigError(_describe_misfit(files, missing, extra))
+    for name, param in params.items():
+        shape = list(vars(param).get("ds_shape", param.shape))
+        if files.shapes[name] != shape:
+            raise ConfigError(
+                f"peft.adapter={files.folder}: {name} has shape {files.shapes[name]}, the model "
+                f"needs {shape}"
+            )
+        place = fill if "ds_id" in vars(param) else fill_plain
+        place(param, partial(files.read, name))
+    config = adapted.peft_config[NAME]
+    LOG.info("continuing the adapter %s: rank %d", files.folder, config.r)
+
+
+def _describe_misfit(files: AdapterFiles, missing: list[str], extra: list[str]) -> str:
+    """Say which of an adapter's weights have no place, or which are not there, and the remedy."""
+    start = f"peft.adapter={files.folder} "
+    whole = [name for name in extra if ".lora_" not in name]
+    if whole and not missing:
+        return (
+            f"{start}also holds {', '.join(whole[:3])}; where these are the vocabulary matrices, "
+            "set peft.train_embeddings=true; else merge the adapter and start from that model"
+        )
+    if missing and all(".lora_" not in name for name in missing):
+        return (
+            f"{start}holds no {', '.join(missing[:3])}, which peft.train_embeddings=true trains; "
+            "set it to false"
+        )
+    return (
+        f"{start}does not fit this model: {len(missing)} weights are missing {missing[:3]}, "
+        f"{len(extra)} have no place {extra[:3]}"
+    )
+
+
+def find_targets(model: PreTrainedModel, asked: list[str] | str) -> list[str] | str:
+    """Return what peft is to adapt.
+
+    Args:
+        model: the base.
+        asked: ``auto`` (the family's attention and MLP layers), ``all-linear``, or module names as
+            peft reads them: the last part of a module's name, or more of it.
+
+    Raises:
+        ConfigError: a module that does not exist or is no linear layer, with the nearest names.
+    """
+    modules = dict(model.named_modules())
+    ends = [id(model.get_input_embeddings()), id(model.get_output_embeddings())]
+    linear = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in ends
+    }
+    if asked == "auto":
+        known = lora_targets(model.config.to_dict())
+        if known == ALL_LINEAR:
+            LOG.warning(
+                "model_type=%s is not among the known families: LoRA adapts every linear layer; "
+                "name others with peft.target_modules",
+                model.config.model_type,
+            )
+            return ALL_LINEAR
+        return [name for name in known if _ending_with(linear, name)]
+    if isinstance(asked, str):
+        return asked
+    for target in asked:
+        if not _ending_with(linear, target):
+            raise ConfigError(_describe_bad_target(target, modules, linear))
+    return asked
+
+
+def _ending_with(names: Iterable[str], end: str) -> list[str]:
+    return [name for name in names if name == end or name.endswith(f".{end}")]
+
+
+def _describe_bad_target(target: str, modules: dict[str, nn.Module], linear: set[str]) -> str:
+    start = f"peft.target_modules: {target!r} "
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    among = f"; linear layers here: {', '.join(leaves)}"
+    if _ending_with(modules, target):
+        whole = "; to train the vocabulary matrices set peft.train_embeddings=true"
+        return f"{start}is no linear layer inside the model{whole}{among}"
+    return f"{start}is no module of this model{nearest(target, leaves)}{among}"
+
+
+def _freeze_all_but(model: PreTrainedModel, peft: PeftConfig) -> None:
+    """Train what the regex matches, and the last layers."""
+    pattern = peft.trainable
     try:
-        regex = re.compile(pattern)
+        regex = re.compile(pattern) if pattern else None
     except re.error as error:
         raise ConfigError(f"peft.trainable={pattern!r} is no valid regex: {error}") from error
     names = [name for name, _ in model.named_parameters()]
-    if not any(regex.search(name) for name in names):
+    if regex and not any(regex.search(name) for name in names):
         raise ConfigError(
             f"peft.trainable={pattern!r} matches no parameter; names look like "
             f"{', '.join(names[:2] + names[-1:])}"
         )
+    last = _last_layers(model, peft.trainable_layers)
     for name, param in model.named_parameters():
-        param.requires_grad_(bool(regex.search(name)))
+        param.requires_grad_(bool(regex and regex.search(name)) or name.startswith(last))
+
+
+def _last_layers(model: PreTrainedModel, num_layers: int) -> tuple[str, ...]:
+    """Return what the names of the last layers' parameters start with."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if num_layers > count or not stacks:
+        raise ConfigError(
+            f"peft.trainable_layers={num_layers}: the model has {count} layers; use {count} or "
+            "fewer, or peft=full"
+        )
+    stack = min(stacks, key=len)  # the outermost
+    return tuple(f"{stack}.{number}." for number in range(count - num_layers, count))
+
+
+def learning_rate_factors(peft: PeftConfig) -> dict[str, float]:
+    """Return factors of the learning rate by a part of the parameters' names.
+
+    LoRA+ (arXiv:2402.12354) trains the B matrices with a higher rate than the A matrices.
+    """
+    return {B_MATRICES: peft.b_lr_ratio} if peft.mode in ("lora", "qlora") else {}

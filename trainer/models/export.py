@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import CheckpointError
+from trainer.models.adapter_files import ADAPTED, NAME, WEIGHTS_NAME, file_name, scale_of
+from trainer.models.merge import merge
 
 INDEX_NAME = "model.safetensors.index.json"
-ADAPTED = "base_model.model."  # what peft puts before the names of the model it wraps
 
 
 class Weights:
@@ -24,8 +27,10 @@ class Weights:
         trained: shapes of the trained parameters, by name.
         read: returns a trained parameter, fp32.
         base_folder: the model folder that frozen weights come from, if any.
-        lora_scale: alpha / rank (arXiv:2106.09685) of adapters among the trained parameters.
+        adapter: peft's settings of adapters among the trained parameters, if any.
         aliases: names that a tied model gives to a parameter it also has under another name.
+        transposed: names of weights that the model stores as [in, out].
+        as_trained: from name and value of a frozen weight to the one training computed with.
 
     Raises:
         CheckpointError: adapters that cannot be merged into a weight of the same module.
@@ -36,10 +41,13 @@ class Weights:
         trained: Mapping[str, Sequence[int]],
         read: Callable[[str], Tensor],
         base_folder: Path | None,
-        lora_scale: float,
+        adapter: Mapping[str, Any] | None,
         aliases: Collection[str] = (),
+        transposed: Collection[str] = (),
+        as_trained: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
-        self._read, self._scale = read, lora_scale
+        self._read, self._adapter, self._transposed = read, adapter, transposed
+        self._as_trained = as_trained
         adapters = {name for name in trained if ".lora_" in name}
         self._trained = {n.removeprefix(ADAPTED): n for n in trained if n not in adapters}
         self._adapters = {n.removeprefix(ADAPTED) for n in adapters}
@@ -61,16 +69,32 @@ class Weights:
             weight = self._read(self._trained[name])
         else:
             weight = self._base[name].get_tensor(name).float()
-        down, up = self._adapter_names(name)
-        if up in self._adapters:
-            weight += self._scale * (self._read(ADAPTED + up) @ self._read(ADAPTED + down))
-        return weight
+            weight = self._as_trained(name, weight) if self._as_trained else weight
+        down, up, magnitude = self._adapter_names(name)
+        if up not in self._adapters:
+            return weight
+        return merge(
+            weight,
+            self._read(ADAPTED + down),
+            self._read(ADAPTED + up),
+            scale_of(self._adapter or {}, name.removesuffix(".weight")),
+            self._read(ADAPTED + magnitude) if magnitude in self._adapters else None,
+            transposed=name in self._transposed,
+        )
 
     @staticmethod
-    def _adapter_names(name: str) -> tuple[str, str]:
-        """Return the names of an adapter: lora_A [rank, in] and lora_B [out, rank]."""
+    def _adapter_names(name: str) -> tuple[str, str, str]:
+        """Return the names of a weight's adapter: A [rank, in], B [out, rank], DoRA's m [out]."""
         module = name.removesuffix(".weight")
-        return f"{module}.lora_A.default.weight", f"{module}.lora_B.default.weight"
+        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
+        down, up, magnitude = (f"{module}.{kind}.{NAME}.weight" for kind in kinds)
+        return down, up, magnitude
+
+
+def transposed_weights(model: nn.Module) -> set[str]:
+    """Return the names of the weights that a model stores as [in, out]."""
+    layers = model.named_modules()
+    return {f"{name}.weight" for name, module in layers if isinstance(module, Conv1D)}
 
 
 def _open_folder(folder: Path) -> dict[str, safe_open]:
@@ -97,6 +121,19 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         used += size
     return shards
+
+
+def write_adapter(
+    names: Iterable[str], read: Callable[[str], Tensor], folder: Path, dtype: torch.dtype
+) -> int:
+    """Write trained parameters as peft's ``adapter_model.safetensors``.
+
+    Returns:
+        The number of weights written.
+    """
+    tensors = {file_name(name): read(name).to(dtype).contiguous() for name in names}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def write_shards(

@@ -24,6 +24,8 @@ from transformers.integrations.deepspeed import initialize_weights_zero3
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.models.quantize import Quantization, load_quantized
+from trainer.models.remote_code import runs_own_code
 
 LOG = logging.getLogger(__name__)
 TRIM_BYTES = 1 << 26
@@ -59,29 +61,54 @@ def make_config(
         model: the model group.
         num_tokens: tokenizer ids; a model from scratch gets that many rows, rounded up.
         special_ids: bos, eos and pad ids for a model from scratch.
+
+    Raises:
+        ConfigError: no such model, already quantised, or with code that was not allowed.
     """
     architecture = read_architecture(model)
     if model.path is not None:
-        return AutoConfig.from_pretrained(model.path, local_files_only=True)
+        if "quantization_config" in architecture:
+            raise ConfigError(
+                f"model.path={model.path} is already quantised "
+                f"({architecture['quantization_config'].get('quant_method')}); give the "
+                "unquantised model, which peft=qlora quantises while loading"
+            )
+        own_code = runs_own_code(model, architecture)
+        return AutoConfig.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=own_code
+        )
     model_type = architecture.pop("model_type")
     rows = -(-num_tokens // model.pad_vocab_to) * model.pad_vocab_to
     return AutoConfig.for_model(model_type, **{**architecture, "vocab_size": rows, **special_ids})
 
 
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model without its numbers: modules, names, shapes and ties.
+
+    Args:
+        config: from ``make_config``, which has checked code of the model's own.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=_brings_code(config))
+    model.tie_weights()
+    return model
+
+
+def _brings_code(config: PretrainedConfig) -> bool:
+    """Return whether the config was made by code of the model's own, which was then allowed."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
 def find_aliases(config: PretrainedConfig) -> set[str]:
     """Return the second names of parameters that the model ties."""
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+    model = outline(config)
     names = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
 
 
 def measure(config: PretrainedConfig) -> tuple[int, int]:
     """Return (all parameters, elements of the largest one), from shapes alone."""
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    sizes = [p.numel() for p in model.parameters()]
+    sizes = [p.numel() for p in outline(config).parameters()]
     return sum(sizes), max(sizes)
 
 
@@ -104,8 +131,11 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     partitioning: Partitioning | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load or create the model in ``dtype``; the same weights on every rank and ZeRO stage.
+
+    A quantised model is not split here: the engine does it.
 
     Args:
         model: the model group.
@@ -113,12 +143,18 @@ def load_model(
         dtype: of the weights.
         seed: of the initial weights of a model from scratch.
         partitioning: the engine's, under ZeRO-3.
+        quantization: of the linear layers of a model folder.
     """
+    own_code = _brings_code(config)
+    if model.path is not None and quantization is not None:
+        return load_quantized(model.path, dtype, quantization, own_code)
     if model.path is not None and partitioning is None:
-        return _from_folder(model.path, dtype)
+        return _from_folder(model.path, dtype, own_code)
     # Constructors would draw numbers and fill memory that are thrown away.
     with partitioning.construction() if partitioning else nullcontext(), no_init_weights():
-        created = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        created = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=own_code
+        )
     if model.path is None:
         _initialise(created, seed, partitioning is not None)
     elif partitioning and not _stream(created, Path(model.path), partitioning):
@@ -128,13 +164,17 @@ def load_model(
             model.path,
         )
         with partitioning.transformers_loading():
-            return _from_folder(model.path, dtype)
+            return _from_folder(model.path, dtype, own_code)
     return created
 
 
-def _from_folder(path: str, dtype: torch.dtype) -> PreTrainedModel:
+def _from_folder(path: str, dtype: torch.dtype, own_code: bool) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        path,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=own_code,
     )
 
 
