@@ -6,9 +6,12 @@ import gzip
 import io
 import json
 import logging
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO
@@ -16,14 +19,24 @@ from typing import IO
 import pyarrow as pa
 
 from trainer.config import SourceConfig, nearest
+from trainer.data.encodings import as_utf8, check_encoding, guess_encoding
 from trainer.errors import DataError
 
-FORMATS = ("txt", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
-EXTENSIONS = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl"}
+FORMATS = ("txt", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "xlsx", "xls")
+EXTENSIONS = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl", ".xlsm": "xlsx"}
+BINARY_MAGIC = {
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",
+    b"PK\x03\x04": "xlsx",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "xls",  # also the envelope of an encrypted xlsx
+}
+BINARY_FORMATS = frozenset(BINARY_MAGIC.values())
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BOM = b"\xef\xbb\xbf"
 SNIFF_BYTES = 1 << 16
-READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+MAX_ASCII_BYTES = 1 << 26  # looked through for the first other character
+READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error, pa.ArrowException)
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +116,12 @@ def naming_the_file(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open ``path``, decompressed as its first bytes tell and without a UTF-8 byte-order mark.
+def open_bytes(path: Path, encoding: str = "utf-8") -> IO[bytes]:
+    """Open ``path``, decompressed as its first bytes tell, in UTF-8 without a byte-order mark.
+
+    Args:
+        path: file to read.
+        encoding: of its text, transcoded on the way; UTF-8 and binary files pass untouched.
 
     Raises:
         DataError: when the file is empty or cannot be opened.
@@ -125,12 +142,61 @@ def open_bytes(path: Path) -> IO[bytes]:
         start = stream.peek(3)  # type: ignore[attr-defined]
         if not start:
             raise DataError(f"{path} is empty; remove it from the source or restore it")
-        if start.startswith(BOM):
+        if encoding == "utf-8" and start.startswith(BOM):
             stream.read(3)
-    return stream
+    return as_utf8(stream, encoding)
 
 
-def detect_format(path: Path, wanted: str) -> str:
+def open_seekable(path: Path) -> IO[bytes]:
+    """Open ``path`` for formats that seek; a compressed one is unpacked to a temporary file."""
+    stream = open_bytes(path)
+    with path.open("rb") as raw:
+        magic = raw.read(4)
+    if not magic.startswith(tuple(COMPRESSIONS)):
+        return stream
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
+    with stream:
+        shutil.copyfileobj(stream, unpacked)
+    unpacked.seek(0)
+    return unpacked
+
+
+def detect_encoding(path: Path, wanted: str = "auto") -> str:
+    """Return the encoding of the text in ``path``: ``wanted`` unless that is auto.
+
+    A file is looked through up to its first characters beyond ASCII. The result of a file that
+    has not changed is remembered in this process.
+
+    Raises:
+        DataError: ``wanted`` is no encoding, or the file is empty or unreadable.
+    """
+    if wanted != "auto":
+        return check_encoding(wanted)
+    with naming_the_file(path):
+        stat = path.stat()
+    return _detect_encoding(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _detect_encoding(path: Path, num_bytes: int, mtime_ns: int) -> str:
+    with open_bytes(path) as stream, naming_the_file(path):
+        sample = stream.read(SNIFF_BYTES)
+        if sample.startswith(tuple(BINARY_MAGIC)):
+            return "utf-8"
+        num_read, last = len(sample), sample
+        while sample.isascii() and b"\x00" not in sample and num_read < MAX_ASCII_BYTES:
+            piece = stream.read(SNIFF_BYTES)
+            if not piece:
+                break
+            num_read, last, sample = num_read + len(piece), piece, piece
+        is_whole = len(last) < SNIFF_BYTES
+    encoding = guess_encoding(sample, is_whole)
+    if encoding != "utf-8":
+        logger.info("%s: read as %s", path, encoding)
+    return encoding
+
+
+def detect_format(path: Path, wanted: str, encoding: str = "auto") -> str:
     """Return the format of ``path``: ``wanted`` unless that is auto, then content before name.
 
     Binary formats are told by their magic numbers; JSON by its first character, whatever the
@@ -146,18 +212,19 @@ def detect_format(path: Path, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     with open_bytes(path) as stream, naming_the_file(path):
-        start = stream.read(SNIFF_BYTES)
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return "arrow"
+        magic = stream.read(8)
+    for start, name in BINARY_MAGIC.items():
+        if magic.startswith(start):
+            return name
     by_name = EXTENSIONS.get(_extension(path))
+    if by_name in BINARY_FORMATS:
+        raise DataError(f"{path} is named .{by_name} but has not that content; restore the file")
+    with open_bytes(path, detect_encoding(path, encoding)) as stream, naming_the_file(path):
+        text = stream.read(SNIFF_BYTES).lstrip()
     if by_name == "txt":
         return "txt"
-    if start.lstrip()[:1] in (b"[", b"{"):
-        return _json_kind(start.lstrip(), by_name)
-    if by_name in ("parquet", "arrow"):
-        raise DataError(f"{path} is named .{by_name} but has not that content; restore the file")
+    if text[:1] in (b"[", b"{"):
+        return _json_kind(text, by_name)
     if by_name is None:
         raise DataError(
             f"{path}: neither name nor content tells the format; "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.config import SourceConfig
-from trainer.data.files import detect_format, list_files, naming_the_file
-from trainer.data.records import Document, Reject, RejectLog, excerpt
-from trainer.data.rows import Row, RowError, iterate_rows, missing_column
+from trainer.data.files import detect_encoding, detect_format, list_files, naming_the_file
+from trainer.data.raw import BadCell, Row, RowError
+from trainer.data.records import Document, JsonLine, RejectLog, decode_utf8, parse_record
+from trainer.data.rows import iterate_rows, missing_column
 from trainer.errors import DataError
 
 __all__ = ["list_files", "read_documents", "read_file"]
@@ -56,10 +56,11 @@ def walk_file(path: Path, source: SourceConfig) -> Iterator[Row]:
     Raises:
         DataError: the file is unreadable or has no row, or its first record lacks a text column.
     """
-    format_name = detect_format(path, source.format)
+    format_name = detect_format(path, source.format, source.encoding)
+    encoding = detect_encoding(path, source.encoding)
     first = True
     with naming_the_file(path):
-        for row in iterate_rows(path, format_name, source.text_columns):
+        for row in iterate_rows(path, format_name, source.text_columns, encoding, source.sheet):
             if format_name == "jsonl" and isinstance(row.value, bytes):
                 row = row._replace(value=JsonLine(row.value))
             if first:
@@ -70,17 +71,12 @@ def walk_file(path: Path, source: SourceConfig) -> Iterator[Row]:
         raise DataError(f"{path} holds no row; remove it from the source or restore it")
 
 
-class JsonLine(bytes):
-    """A line that holds one JSON object, not yet parsed."""
-
-
 def decode_row(row: Row, path: Path, source: SourceConfig, rejects: RejectLog) -> str | None:
     """Return the text of a raw row, or None after rejecting it."""
     try:
         text = row_text(row.value, source.text_columns)
     except RowError as error:
-        sample = row.value if isinstance(row.value, bytes) else repr(row.value)
-        rejects.reject(Reject(str(path), row.number, str(error), excerpt(sample)))
+        rejects.reject_row(row, path, str(error))
         return None
     rejects.accept()
     return text
@@ -95,25 +91,13 @@ def row_text(value: bytes | dict[str, Any] | RowError, columns: list[str]) -> st
     if isinstance(value, RowError):
         raise value
     if isinstance(value, JsonLine):
-        value = _parse_object(value)
+        value = parse_record(value)
     if isinstance(value, bytes):
-        text = _decode_utf8(value)
+        text = decode_utf8(value)
     else:
         parts = [_column_text(value, name) for name in columns]
         text = "\n".join(part for part in parts if part) if len(parts) > 1 else parts[0]
     return _check_text(text.rstrip("\r\n") if isinstance(value, bytes) else text)
-
-
-def _parse_object(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(_decode_utf8(line))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, RowError):
-            raise
-        raise RowError(f"malformed JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise RowError(f"expected a JSON object, got {type(record).__name__}")
-    return record
 
 
 def _column_text(record: dict[str, Any], name: str) -> str:
@@ -123,18 +107,12 @@ def _column_text(record: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
-        return _decode_utf8(value)
+        return decode_utf8(value)
+    if isinstance(value, BadCell):
+        raise RowError(value.reason)
     if not isinstance(value, str):
         raise RowError(f"column {name!r} holds {type(value).__name__}, not text")
     return value
-
-
-def _decode_utf8(value: bytes) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = value[error.start]
-        raise RowError(f"invalid UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
 
 
 def _check_text(text: str) -> str:
@@ -158,7 +136,7 @@ def _refuse_missing_columns(row: Row, path: Path, columns: list[str]) -> None:
     try:
         row_text(row.value, columns)
     except MissingColumnError as error:
-        record = row.value if isinstance(row.value, dict) else json.loads(row.value)  # type: ignore[arg-type]
+        record = parse_record(row.value)
         name = next(name for name in columns if name not in record)
         raise DataError(missing_column(path, name, list(record))) from error
     except RowError:

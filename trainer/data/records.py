@@ -1,12 +1,13 @@
-"""Documents, and the log of rows that could not become one."""
+"""Records and documents, and the log of rows that could not become one."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from trainer.data.raw import Row, RowError
 from trainer.data.storage import naming_the_disk
 from trainer.errors import DataError
 
@@ -32,6 +33,50 @@ class Reject:
     row: int
     reason: str
     excerpt: str
+
+
+class JsonLine(bytes):
+    """A line that holds one JSON object, not yet parsed."""
+
+
+def parse_record(value: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
+    """Return the record of a raw row: as it is, or parsed from a line of JSON.
+
+    Raises:
+        RowError: with the reason there is none.
+    """
+    if isinstance(value, RowError):
+        raise value
+    if isinstance(value, dict):
+        return value
+    try:
+        record = json.loads(decode_utf8(value))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RowError):
+            raise
+        raise RowError(f"malformed JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise RowError(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def decode_utf8(value: bytes) -> str:
+    """Return the text of bytes that should be UTF-8.
+
+    Raises:
+        RowError: they are not, or come from another encoding and were not of that.
+    """
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte, place = value[error.start], f"at offset {error.start}"
+        triple = value[error.start : error.start + 3]
+        if byte == 0xED and len(triple) == 3 and triple[1] >= 0xA0:  # left by the transcoder
+            code = ord(triple.decode("utf-8", "surrogatepass"))
+            reason = f"byte 0x{code & 0xFF:02x} {place} is not of the file's encoding"
+        else:
+            reason = f"invalid UTF-8: byte 0x{byte:02x} {place}"
+        raise RowError(reason) from error
 
 
 def excerpt(value: str | bytes) -> str:
@@ -87,6 +132,11 @@ class RejectLog:
                 self._file.write(json.dumps(vars(reject)) + "\n")
         if self.num_read >= MIN_ROWS_TO_JUDGE:
             self.check_share()
+
+    def reject_row(self, row: Row, path: Path, reason: str) -> None:
+        """Count and write a raw row of ``path``; raises as ``reject`` does."""
+        sample = row.value if isinstance(row.value, bytes) else repr(row.value)
+        self.reject(Reject(str(path), row.number, reason, excerpt(sample)))
 
     def check_share(self) -> None:
         """Raise when too many of the rows read so far were rejected.

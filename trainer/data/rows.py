@@ -10,17 +10,18 @@ import codecs
 import csv
 import io
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.files import COMPRESSIONS, open_bytes
+from trainer.data.encodings import keep_invalid
+from trainer.data.files import BINARY_FORMATS, open_bytes, open_seekable
+from trainer.data.raw import Row, RowError
+from trainer.data.spreadsheets import iterate_sheet
 from trainer.errors import DataError
 
 MAX_TXT_BYTES = 1 << 28  # a "document" above 256 MiB is a corpus, to be read as lines
@@ -28,22 +29,30 @@ READ_CHARS = 1 << 20
 ARROW_BATCH_ROWS = 512
 
 
-class RowError(ValueError):
-    """Why one row cannot become a document."""
+def iterate_rows(
+    path: Path,
+    format_name: str,
+    columns: Sequence[str] | None,
+    encoding: str = "utf-8",
+    sheet: str | None = None,
+    wanted: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Yield the raw rows of ``path``; blank lines are no rows.
 
-
-class Row(NamedTuple):
-    """A raw row: its 1-based line or record, its size, its undecoded content."""
-
-    number: int
-    num_bytes: int
-    value: bytes | dict[str, Any] | RowError
-
-
-def iterate_rows(path: Path, format_name: str, columns: list[str]) -> Iterator[Row]:
-    """Yield the raw rows of ``path``; blank lines are no rows."""
-    if format_name in ("parquet", "arrow"):
-        yield from _table_rows(path, format_name, columns)
+    Args:
+        path: file to read.
+        format_name: one of ``FORMATS``.
+        columns: text columns to read from parquet and Arrow; None = all, with nested values.
+        encoding: of a text format.
+        sheet: of a workbook; None = the first with rows.
+        wanted: names that a workbook's header is known to have.
+    """
+    if format_name in BINARY_FORMATS:
+        with open_seekable(path) as file:
+            if format_name in ("xlsx", "xls"):
+                yield from iterate_sheet(file, path, format_name, sheet, wanted or columns or ())
+            else:
+                yield from _table_rows(file, path, format_name, columns)
         return
     walk: dict[str, Callable[[IO[bytes], Path], Iterator[Row]]] = {
         "txt": _whole_file,
@@ -53,7 +62,7 @@ def iterate_rows(path: Path, format_name: str, columns: list[str]) -> Iterator[R
         "csv": _csv_rows,
         "tsv": _tsv_rows,
     }
-    with open_bytes(path) as stream:
+    with open_bytes(path, encoding) as stream:
         yield from walk[format_name](stream, path)
 
 
@@ -77,9 +86,9 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[Row]:
 def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     # Invalid bytes become lone surrogates, which the decoder refuses row by row.
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors=keep_invalid(), newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    header = _csv_header(reader, path)
     while True:
         number = reader.line_num + 1
         try:
@@ -99,13 +108,23 @@ def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = ",") -> Iterator[R
             yield Row(number, num_bytes, dict(zip(header, fields, strict=True)))
 
 
+def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    """Return the first line with anything in it."""
+    try:
+        return next((fields for fields in reader if any(fields)), [])
+    except csv.Error as error:
+        raise DataError(
+            f"{path} has a malformed header: {error}; it may be of another format or encoding"
+        ) from error
+
+
 def _tsv_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
     return _csv_rows(stream, path, delimiter="\t")
 
 
 def _json_values(stream: IO[bytes], path: Path) -> Iterator[Row]:
     """Yield the elements of a JSON list (or the one JSON value of the file), read in pieces."""
-    decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
+    decode = codecs.getincrementaldecoder("utf-8")(errors=keep_invalid()).decode
     parser = json.JSONDecoder()
     buffer, at, number, ended, is_list = "", 0, 0, False, False
 
@@ -157,30 +176,56 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _table_rows(path: Path, format_name: str, columns: list[str]) -> Iterator[Row]:
+def _table_rows(
+    file: IO[bytes], path: Path, format_name: str, columns: Sequence[str] | None
+) -> Iterator[Row]:
     number = 0
-    with _seekable(path) as file:
-        for batch in _record_batches(file, format_name, path, columns):
-            lists = [_as_bytes(batch, name, path) for name in columns]
-            for values in zip(*lists, strict=True):
-                number += 1
-                num_bytes = sum(len(value) for value in values if value is not None)
-                yield Row(number, num_bytes, dict(zip(columns, values, strict=True)))
+    for batch in _record_batches(file, format_name, path, columns):
+        for num_bytes, value in _nested(batch) if columns is None else _texts(batch, columns, path):
+            number += 1
+            yield Row(number, num_bytes, value)
+
+
+def _texts(
+    batch: pa.RecordBatch, columns: Sequence[str], path: Path
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    lists = [_as_bytes(batch, name, path) for name in columns]
+    for values in zip(*lists, strict=True):
+        num_bytes = sum(len(value) for value in values if value is not None)
+        yield num_bytes, dict(zip(columns, values, strict=True))
+
+
+def _nested(batch: pa.RecordBatch) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """Yield whole records; one that does not decode does not spoil its batch."""
+    num_bytes = batch.nbytes // max(batch.num_rows, 1)
+    try:
+        records: list[dict[str, Any] | RowError] = batch.to_pylist()
+    except UnicodeDecodeError:
+        records = [_one_record(batch.slice(at, 1)) for at in range(batch.num_rows)]
+    yield from ((num_bytes, record) for record in records)
+
+
+def _one_record(batch: pa.RecordBatch) -> dict[str, Any] | RowError:
+    try:
+        record: dict[str, Any] = batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RowError(f"invalid UTF-8: byte 0x{error.object[error.start]:02x}")
+    return record
 
 
 def _record_batches(
-    file: IO[bytes], format_name: str, path: Path, columns: list[str]
+    file: IO[bytes], format_name: str, path: Path, columns: Sequence[str] | None
 ) -> Iterator[pa.RecordBatch]:
     if format_name == "parquet":
         parquet = pq.ParquetFile(file)
-        _check_columns(parquet.schema_arrow.names, columns, path)
+        _check_columns(parquet.schema_arrow.names, columns or (), path)
         yield from parquet.iter_batches(ARROW_BATCH_ROWS, columns=columns)
         return
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
     # `datasets` writes the stream layout; `feather` and others the file layout with a footer.
     reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-    _check_columns(reader.schema.names, columns, path)
+    _check_columns(reader.schema.names, columns or (), path)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
     for batch in batches:
         for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
@@ -201,7 +246,7 @@ def _as_bytes(batch: pa.RecordBatch, name: str, path: Path) -> list[bytes | None
     return column.cast(pa.large_binary()).to_pylist()
 
 
-def _check_columns(present: list[str], wanted: list[str], path: Path) -> None:
+def _check_columns(present: list[str], wanted: Sequence[str], path: Path) -> None:
     for name in wanted:
         if name not in present:
             raise DataError(missing_column(path, name, present))
@@ -213,17 +258,3 @@ def missing_column(path: Path, name: str, present: list[str]) -> str:
         f"{path} has no column {name!r}; its columns are {', '.join(map(str, present))}: "
         "set the source's text_columns"
     )
-
-
-def _seekable(path: Path) -> IO[bytes]:
-    """Open ``path`` for formats that seek; a compressed one is unpacked to a temporary file."""
-    stream = open_bytes(path)
-    with path.open("rb") as raw:
-        magic = raw.read(4)
-    if not magic.startswith(tuple(COMPRESSIONS)):
-        return stream
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
-    with stream:
-        shutil.copyfileobj(stream, unpacked)
-    unpacked.seek(0)
-    return unpacked

@@ -1,0 +1,179 @@
+"""The encoding of text files: detected once a file, undone on the way to the readers.
+
+All readers work on UTF-8. A file in another encoding is transcoded as it is read; bytes that do not
+decode become lone surrogates U+DC00 + byte, which spoil their row and no other.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from typing import IO
+
+from charset_normalizer import from_bytes
+
+from trainer.errors import DataError
+
+BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+# What text is in when it is neither UTF-8 nor UTF-16. The last decodes nearly anything.
+CANDIDATES = ("cp950", "gb18030", "cp1252")
+MIN_FOREIGN_BYTES = 4  # two characters; fewer are more likely damaged UTF-8
+PIECE_BYTES = 1 << 20
+KEEP_BYTES, KEEP_INVALID = "kuroshio-keep-bytes", "kuroshio-keep-invalid"  # error handlers
+
+
+def check_encoding(name: str) -> str:
+    """Return Python's name of an encoding.
+
+    Raises:
+        DataError: there is no such text encoding.
+    """
+    try:
+        found = codecs.lookup(name).name
+        "".encode(found)  # refuses codecs that are no text encodings, such as base64
+    except (LookupError, UnicodeError) as error:
+        raise DataError(
+            f"encoding={name!r} is not an encoding that Python knows; use auto, utf-8, cp950, "
+            "big5hkscs, utf-16 or gb18030"
+        ) from error
+    return found.removesuffix("-sig")
+
+
+def guess_encoding(sample: bytes, is_whole: bool) -> str:
+    """Return the encoding of a text by a piece of it that begins at a line's start.
+
+    Args:
+        sample: raw bytes; with non-ASCII characters if the text has any.
+        is_whole: the text ends where the sample ends; else its last line may be cut.
+
+    Returns:
+        The mark's encoding if there is a byte-order mark; UTF-8 unless most lines with other than
+        ASCII characters are no UTF-8; UTF-16 by its zero bytes; else CP950 or GB18030, whichever
+        the characters look more like. A text that fits nothing is UTF-8, whose bad rows are
+        rejected.
+    """
+    for mark, name in BOMS.items():
+        if sample.startswith(mark):
+            return name
+    wide = _guess_wide(sample)
+    if wide is not None:
+        return wide
+    lines = [line for line in sample.split(b"\n") if not line.isascii()]
+    if len(lines) > 1 and not is_whole and not sample.endswith(b"\n"):
+        lines.pop()  # its last character may be cut
+    foreign = [line for line in lines if not _looks_utf8(line)]
+    num_foreign_bytes = sum(byte > 0x7F for line in foreign for byte in line)
+    if 2 * len(foreign) <= len(lines) or num_foreign_bytes < MIN_FOREIGN_BYTES:
+        return "utf-8"
+    return _likeliest(foreign)
+
+
+def _looks_utf8(line: bytes) -> bool:
+    """Tell UTF-8, perhaps with a few bad bytes, from another encoding's double bytes."""
+    text = line.decode("utf-8", errors="replace")
+    num_bad = text.count("\ufffd")
+    return num_bad * 4 <= sum(not character.isascii() for character in text) - num_bad
+
+
+def _guess_wide(sample: bytes) -> str | None:
+    """Tell UTF-16 without a mark: ASCII characters, line ends at least, have a zero byte."""
+    even = sample[: len(sample) // 2 * 2]
+    zeros = {"utf-16-be": even[0::2].count(0), "utf-16-le": even[1::2].count(0)}
+    name, other = sorted(zeros, key=lambda key: -zeros[key])
+    if not zeros[name] or zeros[other] * 10 > zeros[name]:
+        return None
+    if _looks_utf8(even) and zeros[name] * 4 < len(even):
+        return None  # a stray zero byte in UTF-8
+    text = even.decode(name, errors="replace")
+    strange = len(re.findall(r"[\x00-\x08\x0e-\x1f\ufffd\ue000-\uf8ff]", text))
+    return name if strange * 50 <= len(text) else None
+
+
+def _likeliest(lines: list[bytes]) -> str:
+    """Return the encoding in which the lines make sense; UTF-8 when none is."""
+    counts = {name: sum(_decodes(line, name) for line in lines) for name in CANDIDATES}
+    possible = [name for name in CANDIDATES if 2 * counts[name] > len(lines)]
+    if not possible:
+        return "utf-8"
+    best, shared = (
+        possible[0],
+        b"\n".join(line for line in lines if all(_decodes(line, name) for name in possible)),
+    )
+    if len(possible) > 1 and shared:
+        match = from_bytes(shared, cp_isolation=possible).best()
+        best = best if match is None else match.encoding
+    if best == "cp950" and sum(_decodes(line, "big5hkscs") for line in lines) > counts["cp950"]:
+        return "big5hkscs"
+    return best
+
+
+def _decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def as_utf8(stream: IO[bytes], encoding: str) -> IO[bytes]:
+    """Return ``stream`` in UTF-8; a stream that is UTF-8 is returned as it is."""
+    if encoding == "utf-8":
+        return stream
+    return io.BufferedReader(_Transcoder(stream, encoding), buffer_size=PIECE_BYTES)
+
+
+def _keep_bytes(error: UnicodeError) -> tuple[str, int]:
+    """Turn undecodable bytes into lone surrogates."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    spoilt = error.object[error.start : error.end]
+    return "".join(chr(0xDC00 + byte) for byte in spoilt), error.end
+
+
+def keep_invalid() -> str:
+    """Return an error handler for reading ``as_utf8``: bad bytes become lone surrogates."""
+    codecs.register_error(KEEP_INVALID, _keep_invalid)
+    return KEEP_INVALID
+
+
+def _keep_invalid(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    triple = error.object[error.start : error.start + 3]
+    if len(triple) == 3 and triple[0] == 0xED and triple[1] >= 0xA0:  # left by the transcoder
+        return triple.decode("utf-8", "surrogatepass"), error.start + 3
+    return _keep_bytes(error)
+
+
+class _Transcoder(io.RawIOBase):
+    """A stream of another encoding, read as UTF-8 with lone surrogates where it is broken."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        codecs.register_error(KEEP_BYTES, _keep_bytes)
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors=KEEP_BYTES)
+        self._ready = b""
+        self._ended = self._begun = False
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill ``buffer`` and return how far; 0 at the end."""
+        while not self._ready and not self._ended:
+            piece = self._stream.read(PIECE_BYTES)
+            self._ended = not piece
+            text = self._decoder.decode(piece, self._ended)
+            if text and not self._begun:
+                self._begun, text = True, text.removeprefix("\ufeff")
+            self._ready = text.encode("utf-8", "surrogatepass")
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the stream below as well."""
+        self._stream.close()
+        super().close()

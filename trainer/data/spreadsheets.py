@@ -1,0 +1,172 @@
+"""Sheets of .xlsx and .xls workbooks as rows under a header."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+from trainer.config import nearest
+from trainer.data.columns import guess_columns
+from trainer.data.raw import BadCell, Row
+from trainer.data.sheets import Cell, Merge, Sheet, open_xls, open_xlsx
+from trainer.errors import DataError
+
+HEADER_ROWS = 20  # looked through for the header: titles and notes may stand above it
+HEADER_CHARS = 24  # longer cells are no headers
+OPENERS: dict[str, Callable[[IO[bytes]], list[Sheet]]] = {"xlsx": open_xlsx, "xls": open_xls}
+
+logger = logging.getLogger(__name__)
+
+
+def iterate_sheet(
+    file: IO[bytes], path: Path, format_name: str, sheet: str | None, wanted: Sequence[str]
+) -> Iterator[Row]:
+    """Yield the rows of a sheet by header; empty rows are no rows.
+
+    Args:
+        file: the workbook, seekable.
+        path: its name, for errors.
+        format_name: xlsx or xls.
+        sheet: the sheet's name; None = the first visible one with rows.
+        wanted: names that the header is known to have, if any.
+
+    Raises:
+        DataError: the workbook is encrypted or damaged, or has no such sheet.
+    """
+    with naming_the_workbook(file, path):
+        chosen = choose_sheet(OPENERS[format_name](file), path, sheet)
+        yield from _rows_below_header(chosen, wanted)
+
+
+def describe_sheet(file: IO[bytes], path: Path, format_name: str, sheet: str | None) -> list[str]:
+    """Return what a user should know of a sheet: its name, the others, its merged cells."""
+    with naming_the_workbook(file, path):
+        sheets = OPENERS[format_name](file)
+        chosen = choose_sheet(sheets, path, sheet)
+        others = [other.name for other in sheets if other is not chosen]
+        remarks = [f"sheet {chosen.name!r} is read"]
+        if others:
+            remarks[0] += f", not {', '.join(map(repr, others))}"
+        num_merged = sum(merge.last_row > merge.first_row for merge in chosen.merges)
+        if num_merged:
+            remarks.append(f"{num_merged} merged cells count for each of their rows")
+        return remarks
+
+
+@contextmanager
+def naming_the_workbook(file: IO[bytes], path: Path) -> Iterator[None]:
+    """Turn whatever a reader of workbooks raises into a DataError that says what to do."""
+    try:
+        yield
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:  # damage shows as errors of zip, XML, struct, types and keys alike
+        file.seek(0)
+        if _is_encrypted(file.read(), error):
+            raise DataError(
+                f"{path} is protected by a password; open it, save a copy without one, and read "
+                "that"
+            ) from error
+        raise DataError(
+            f"{path} is damaged or no workbook ({type(error).__name__}: {error}); open it in a "
+            "spreadsheet program and save it as a new .xlsx file"
+        ) from error
+
+
+def _is_encrypted(content: bytes, error: Exception) -> bool:
+    package = "EncryptedPackage".encode("utf-16-le")  # stream of an encrypted .xlsx
+    return package in content or "encrypted" in str(error).lower()
+
+
+def choose_sheet(sheets: list[Sheet], path: Path, name: str | None) -> Sheet:
+    """Return the sheet ``name``, or the first visible one that has rows.
+
+    Raises:
+        DataError: there is none; the message names those there are.
+    """
+    names = [sheet.name for sheet in sheets]
+    if name is not None:
+        for sheet in sheets:
+            if sheet.name == name:
+                return sheet
+        raise DataError(
+            f"{path} has no sheet {name!r}; its sheets are {', '.join(names)}{nearest(name, names)}"
+        )
+    for sheet in sheets:
+        if sheet.is_visible and any(_is_filled(cells) for _, cells in sheet.rows()):
+            return sheet
+    raise DataError(f"{path} holds no row in any visible sheet ({', '.join(names)})")
+
+
+def _is_filled(cells: Sequence[Cell]) -> bool:
+    return any(cell is not None for cell in cells)
+
+
+def _rows_below_header(sheet: Sheet, wanted: Sequence[str]) -> Iterator[Row]:
+    rows = ((number, cells) for number, cells in sheet.rows() if _is_filled(cells))
+    top = [row for row, _ in zip(rows, range(HEADER_ROWS), strict=False)]
+    at = _find_header([cells for _, cells in top], wanted)
+    header_row, cells = top[at]
+    names = _name_columns(cells)
+    # A header of two lines: cells merged over both, and what stands beside them below.
+    last_header_row = max(
+        [m.last_row for m in sheet.merges if m.first_row <= header_row <= m.last_row],
+        default=header_row,
+    )
+    below = [merge for merge in sheet.merges if merge.first_row > last_header_row]
+    for number, cells in _fill_merged(chain(top[at + 1 :], rows), below):
+        if number > last_header_row:
+            # Cells beyond the header's width have no name.
+            padded = [*cells, *[None] * (len(names) - len(cells))]
+            value = {name: padded[i] for i, name in enumerate(names) if name}
+            if _is_filled(list(value.values())):
+                yield Row(number, sum(len(c) for c in value.values() if c is not None), value)
+
+
+def _find_header(rows: list[list[Cell]], wanted: Sequence[str]) -> int:
+    """Return the place of the header among the first rows."""
+    names = [[c for c in row if isinstance(c, str) and len(c) <= HEADER_CHARS] for row in rows]
+    if wanted:
+        for at, cells in enumerate(names):
+            if set(wanted) <= set(cells):
+                return at
+    for at, cells in enumerate(names):
+        guessed = guess_columns(cells)
+        if "messages" in guessed or (len(guessed) > 1 and {"prompt", "response"} & set(guessed)):
+            return at
+    return next((at for at, cells in enumerate(names) if len(cells) > 1), 0)
+
+
+def _name_columns(cells: Sequence[Cell]) -> list[str]:
+    """Return a name for each column, different ones; "" for a column without a header."""
+    names: list[str] = []
+    for cell in cells:
+        name = cell.strip() if isinstance(cell, str) else ""
+        copies = 1 + sum(other == name or other.startswith(f"{name}.") for other in names)
+        names.append(f"{name}.{copies}" if name and name in names else name)
+    return names
+
+
+def _fill_merged(
+    rows: Iterator[tuple[int, list[Cell]]], merges: Sequence[Merge]
+) -> Iterator[tuple[int, list[Cell]]]:
+    """Repeat the value of a cell merged over several rows in each of them."""
+    begins = {(merge.first_row, merge.column): merge.last_row for merge in merges}
+    open_merges: dict[int, tuple[int, Cell]] = {}
+    for number, cells in rows:
+        for column, cell in enumerate(cells):
+            last_row = begins.get((number, column))
+            if last_row is not None:
+                open_merges[column] = (last_row, cell)
+        for column, (last_row, value) in open_merges.items():
+            if number <= last_row:
+                cells.extend([None] * (column + 1 - len(cells)))
+                cells[column] = value
+        yield number, cells
+
+
+__all__ = ["BadCell", "describe_sheet", "iterate_sheet"]
