@@ -1,0 +1,329 @@
+"""Conversations to token ids and one loss weight per token.
+
+The ids are those of ``tokenizer.apply_chat_template``. Each answer is learnt from its first token
+to the token that ends it, which is always learnt; nothing of what the template writes after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from trainer.data.conversation import Conversation, Message
+from trainer.data.encode import EncoderSpec, token_dtype
+from trainer.data.rendering import Chat, Renderer, Tools, Turn
+from trainer.data.rows import RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TrainOn = Literal["assistant", "last", "everything"]
+
+
+class TooLongError(RowError):
+    """Not one turn of a conversation fits into ``data.max_length``.
+
+    Args:
+        limit: that length.
+        num_tokens: tokens of the whole conversation.
+    """
+
+    def __init__(self, limit: int | None, num_tokens: int) -> None:
+        super().__init__(f"longer than data.max_length={limit}: {num_tokens} tokens")
+        self.num_tokens = num_tokens
+
+
+@dataclass(frozen=True)
+class ChatSpec:
+    """A tokenizer with its chat template and what to learn, as plain data for other processes.
+
+    Attributes:
+        encoder: the tokenizer.
+        template: Jinja text.
+        special_tokens: what ``bos_token``, ``eos_token`` … stand for in the template.
+        train_on: learn every answer, the last one, or everything.
+        system: put before conversations without a system message.
+        max_length: tokens; None = no limit.
+    """
+
+    encoder: EncoderSpec
+    template: str
+    special_tokens: Mapping[str, str]
+    train_on: TrainOn = "assistant"
+    system: str | None = None
+    max_length: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, template: str, **options: Any) -> ChatSpec:
+        """Describe a loaded tokenizer with ``template``, the Jinja text."""
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        return cls(EncoderSpec.of(tokenizer), template, special, **options)
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """What one row of training is made from.
+
+    Attributes:
+        input_ids: ``[tokens]``.
+        weights: ``[tokens]`` float32 factors of the loss of predicting each token; 0 = no target.
+        num_chars: characters of the learnt text, without what the template adds.
+        num_bytes: its UTF-8 bytes.
+        answers: indices of the messages that are learnt.
+        text: the rendered conversation.
+        learnt: the stretches of ``text`` that are learnt, as (start, end).
+    """
+
+    input_ids: NDArray[Any]
+    weights: NDArray[np.float32]
+    num_chars: int
+    num_bytes: int
+    answers: tuple[int, ...]
+    text: str
+    learnt: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One conversation, as one or several rows of training.
+
+    Attributes:
+        chats: usually one; templates that leave old thoughts out need one for each such answer.
+        num_turns: answers that were to be learnt.
+        num_turns_cut: those left out because of ``max_length``.
+        num_tokens: of the whole conversation.
+        spells_control: whether a message spells a token such as ``</s>``, which is read as one.
+    """
+
+    chats: list[EncodedChat]
+    num_turns: int
+    num_turns_cut: int
+    num_tokens: int
+    spells_control: bool
+
+
+class ChatEncoder:
+    """Encode conversations.
+
+    Args:
+        spec: what ``ChatSpec.of`` made of a tokenizer and a template.
+    """
+
+    def __init__(self, spec: ChatSpec) -> None:
+        self._spec = spec
+        self._backend = Tokenizer.from_str(spec.encoder.backend_json)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.dtype = token_dtype(spec.encoder.num_ids)
+        added = self._backend.get_added_tokens_decoder()
+        # Gemma keeps runs of newlines as added tokens: blank ones end nothing.
+        control = {i: token.content for i, token in added.items() if token.content.strip()}
+        self.control_ids = frozenset(control)
+        self._end_ids = frozenset({spec.encoder.eos_token_id} - {None})
+        self._renderer = Renderer(spec.template, spec.special_tokens, list(control.values()))
+
+    def encode(self, conversation: Conversation) -> EncodedRow:
+        """Encode one conversation, cut to whole turns that fit.
+
+        Raises:
+            TooLongError: not even one turn fits.
+            RowError: the template refuses it, or there is nothing to learn in it.
+        """
+        conversation = self._with_system(conversation)
+        chosen = self._chosen(conversation.messages)
+        if not chosen and self._spec.train_on != "everything":
+            raise RowError("nothing to learn: every answer has weight 0")
+        chats: list[EncodedChat] = []
+        num_cut = num_tokens = 0
+        for part in self._parts(conversation, chosen):
+            chat, num_full = self._fit(conversation, part)
+            num_tokens = max(num_tokens, num_full)
+            num_cut += len(part.learnt) - (len(chat.answers) if chat else 0)
+            if chat is not None:
+                chats.append(chat)
+        if not chats:
+            raise TooLongError(self._spec.max_length, num_tokens)
+        spells = self._spells_control(conversation)
+        return EncodedRow(chats, len(chosen), num_cut, num_tokens, spells)
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        messages, system = conversation.messages, self._spec.system
+        if system is None or (messages and messages[0].role == "system"):
+            return conversation
+        return Conversation((Message("system", system), *messages), conversation.tools)
+
+    def _chosen(self, messages: Sequence[Message]) -> set[int]:
+        """Return the answers to learn."""
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if self._spec.train_on == "last":
+            answers = answers[-1:]
+        return {i for i in answers if messages[i].weight > 0}
+
+    def _spells_control(self, conversation: Conversation) -> bool:
+        search = self._renderer.control_token.search
+        return any(search(f"{m.content}\n{m.reasoning}") for m in conversation.messages)
+
+    def _parts(self, conversation: Conversation, chosen: set[int]) -> Iterator[_Part]:
+        """Yield the whole conversation, then a beginning for each answer it does not hold."""
+        whole = list(range(len(conversation.messages)))
+        chat, tools = conversation.as_chat(), conversation.tool_schemas()
+        text = self._renderer.render(chat, tools)
+        lost = {i for i in chosen if self._renderer.find_turn(chat, tools, i, text) is None}
+        if chosen - lost or self._spec.train_on == "everything":
+            yield _Part(whole, chosen - lost, keep_newest=self._spec.train_on == "last")
+        for i in sorted(lost):
+            yield _Part(whole[: i + 1], {i}, keep_newest=True)
+
+    def _fit(self, conversation: Conversation, part: _Part) -> tuple[EncodedChat | None, int]:
+        """Encode a part, less as many whole turns as do not fit.
+
+        Returns:
+            what fits, None where nothing to learn does; and the tokens of all of it.
+        """
+        limit, num_full = self._spec.max_length, 0
+        for kept in _shortened(conversation.messages, part):
+            learnt = part.learnt & set(kept)
+            if not learnt and self._spec.train_on != "everything":
+                break
+            chat = self._encode_messages(conversation, kept, learnt)
+            num_full = max(num_full, len(chat.input_ids))
+            if limit is None or len(chat.input_ids) <= limit:
+                return chat, num_full
+        return None, num_full
+
+    def _encode_messages(
+        self, conversation: Conversation, kept: list[int], learnt: set[int]
+    ) -> EncodedChat:
+        messages = tuple(conversation.messages[i] for i in kept)
+        chat, tools = Conversation(messages).as_chat(), conversation.tool_schemas()
+        text = self._renderer.render(chat, tools)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        everything = self._spec.train_on == "everything"
+        wanted = [
+            at
+            for at, index in enumerate(kept)
+            if index in learnt or (everything and messages[at].role == "assistant")
+        ]
+        spans = self._spans(chat, tools, text, encoding, wanted)
+        ids = list(encoding.ids)
+        weights = np.full(len(ids), float(everything), np.float32)
+        for at, span in spans.items():
+            weights[span.first : span.stop] = messages[at].weight
+        closes = spans.get(len(kept) - 1)
+        eos = self._spec.encoder.eos_token_id
+        if closes is not None and not closes.has_end and eos is not None:
+            # The template ends no answer: without this nothing would teach a model to stop.
+            ids.append(eos)
+            weights = np.append(weights, np.float32(messages[-1].weight))
+        weights[:1] = 0  # nothing predicts the first token
+        trained = [span for at, span in spans.items() if messages[at].weight > 0]
+        spoken = text if everything else "".join(text[s.start : s.content_end] for s in trained)
+        return EncodedChat(
+            input_ids=np.array(ids, self.dtype),
+            weights=weights,
+            num_chars=len(spoken),
+            num_bytes=len(spoken.encode()),
+            answers=tuple(sorted(learnt)),
+            text=text,
+            learnt=((0, len(text)),) if everything else tuple((s.start, s.end) for s in trained),
+        )
+
+    def _spans(
+        self, chat: Chat, tools: Tools, text: str, encoding: Encoding, wanted: list[int]
+    ) -> dict[int, _Span]:
+        """Return which tokens and characters each wanted answer is."""
+        positions, spans = Positions(encoding), {}
+        for at in wanted:
+            turn = self._renderer.find_turn(chat, tools, at, text)
+            if turn is None:
+                # Learning everything, what the text does not hold of an answer is not missed.
+                if self._spec.train_on == "everything":
+                    continue
+                raise RowError("chat template: the answer is not found in what it renders")
+            first, stop = positions.first(turn.start), self._stop(encoding.ids, positions, turn)
+            last = stop if stop is not None else positions.stop(turn.end)
+            end = turn.end if stop is None else positions.end_of(stop)
+            spans[at] = _Span(first, last, turn.start, turn.content_end, end, stop is not None)
+        return spans
+
+    def _stop(self, ids: list[int], positions: Positions, turn: Turn) -> int | None:
+        """Return the place after the token that ends a turn, None when there is none.
+
+        That is the end token in the turn's closing, else the first control token there, else a
+        control token that opens the next turn.
+        """
+        begin, end = positions.stop(turn.content_end), positions.stop(turn.end)
+        closing = range(begin, end)
+        for is_end in (self._end_ids.__contains__, self.control_ids.__contains__):
+            for i in closing:
+                if is_end(ids[i]):
+                    return i + 1
+        opens = end < len(ids) and ids[end] in self.control_ids
+        if opens and ids[end] != self._spec.encoder.bos_token_id:
+            return end + 1
+        return None
+
+
+class Positions:
+    """Which tokens stand where in a text.
+
+    Several tokens may share the characters of one that was split into bytes, and a token may reach
+    over the start of an answer.
+    """
+
+    def __init__(self, encoding: Encoding) -> None:
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        self._starts, self._ends = offsets[:, 0], offsets[:, 1]
+
+    def first(self, char: int) -> int:
+        """Return the first token that reaches beyond ``char``, one that begins before it too."""
+        return int(np.searchsorted(self._ends, char, side="right"))
+
+    def stop(self, char: int) -> int:
+        """Return the first token that begins at ``char`` or later."""
+        return int(np.searchsorted(self._starts, char, side="left"))
+
+    def end_of(self, stop: int) -> int:
+        """Return the character after the last of the first ``stop`` tokens."""
+        return int(self._ends[stop - 1])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Messages to encode together, by index, and the answers to learn among them.
+
+    Too long, it loses its newest turns, so that what remains is a beginning as the model would see
+    it; where only the last answer is learnt it loses the oldest instead.
+    """
+
+    indices: list[int]
+    learnt: set[int]
+    keep_newest: bool
+
+
+@dataclass(frozen=True)
+class _Span:
+    """An answer: its tokens ``first`` to ``stop``, its characters ``start`` to ``end``."""
+
+    first: int
+    stop: int
+    start: int
+    content_end: int
+    end: int
+    has_end: bool  # whether a control token ends it
+
+
+def _shortened(messages: Sequence[Message], part: _Part) -> Iterator[list[int]]:
+    """Yield the indices of ``part``, then with ever fewer whole turns; a system message stays."""
+    indices = part.indices
+    head = [i for i in indices[:1] if messages[i].role == "system"]
+    rest = indices[len(head) :]
+    opens = [at for at, i in enumerate(rest) if messages[i].role == "user" and at > 0]
+    yield indices
+    for at in opens if part.keep_newest else reversed(opens):
+        yield head + (rest[at:] if part.keep_newest else rest[:at])
