@@ -23,7 +23,7 @@ LAYERS: list[list[str]] = [
         "trainer.environment",
         "trainer.inference",
     ],
-    ["trainer.loop", "trainer.policy", "trainer.inputs", "trainer.held_out"],
+    ["trainer.loop", "trainer.policy", "trainer.inputs", "trainer.held_out", "trainer.length"],
     ["trainer.next_token"],
     ["trainer.stages"],
     ["launch"],

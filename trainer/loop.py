@@ -51,7 +51,7 @@ class TrainStage(Stage):
         """Return the loss SUMMED over the batch's targets."""
         raise NotImplementedError
 
-    def num_targets(self, batch: Batch) -> int:
+    def num_targets(self, batch: Batch) -> float:
         """Return what the summed loss is to be divided by."""
         raise NotImplementedError
 
@@ -63,22 +63,27 @@ class TrainStage(Stage):
         """Return what resumes besides the engine, as JSON-able data equal on all ranks."""
         raise NotImplementedError
 
+    def progress(self) -> dict[str, float]:
+        """Return how much data the finished steps have seen, to be logged: tokens, epochs, …"""
+        raise NotImplementedError
+
     def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> bool:
         """Measure on held-out data and record it; return False if a stop was agreed meanwhile."""
         raise NotImplementedError
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
-        """Do one optimizer step; return the targets it was averaged over, of all ranks."""
+        """Do one optimizer step; return the tokens that went through the model on all ranks."""
         window = list(islice(batches, self.policy.grad_accum_steps))
-        count = int(sum_over_ranks([sum(map(self.num_targets, window))])[0])
+        own = sum(map(self.num_targets, window)), sum(batch.num_tokens for batch in window)
+        count, num_tokens = sum_over_ranks(own)
         for batch in window:
             loss = self.loss(batch)
-            self.policy.backward(loss / max(1, count))
+            self.policy.backward(loss / (count or 1.0))
             self.policy.step(self.lr(step))
             self.bag.add_ratio("loss", loss.detach(), self.num_targets(batch))
             self.guard.watch(step, batch.sample_ids, loss.detach())
         self.guard.end_step(step, self.policy.grad_norm(), self.policy.overflowed())
-        return count
+        return int(num_tokens)
 
 
 def fit(stage: TrainStage, context: Context) -> None:
@@ -138,7 +143,7 @@ def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
     metrics |= {"lr": stage.lr(step - 1), "grad_norm": float(policy.grad_norm())}
     if policy.precision == "fp16":
         metrics |= {"loss_scale": policy.loss_scale(), "num_overflows": stage.guard.num_overflows}
-    metrics["tokens"] = stage.state()["tokens"]
+    metrics |= stage.progress()
     sinks.train(step, metrics | stage.meters.read(step))
 
 

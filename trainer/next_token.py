@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,10 +23,12 @@ from trainer.environment import describe_environment
 from trainer.errors import ConfigError
 from trainer.held_out import evaluate_source
 from trainer.inputs import describe_inputs, refuse_changes, tokenizer_path
+from trainer.length import count_steps, rows_per_step, warn_of_repetition
 from trainer.loop import TrainStage
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters, find_peak
 from trainer.metrics.sinks import Sinks
+from trainer.models.families import isolates_documents
 from trainer.models.load import read_architecture
 from trainer.numerics import FiniteGuard
 from trainer.plan.flops import ModelShape, flops_per_token
@@ -34,14 +37,23 @@ from trainer.policy import build_policy, keep_tokenizer
 from trainer.signals import StopRequest
 from trainer.stage import Context
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass
 class NextTokenStage(TrainStage):
     """Train one language model on the rows of a token store by its next-token loss."""
 
+    content: ClassVar[str]  # what the stage's data must be: documents or conversations
+
     def check(self, config: RunConfig) -> list[str]:
         """Return what contradicts the model: missing tokenizer, rows longer than its positions."""
         problems = []
+        if config.data.content != self.content:
+            problems.append(
+                f"data.content={config.data.content}, but stage={config.stage['name']} trains on "
+                f"{self.content}; leave the key to the stage's option"
+            )
         if tokenizer_path(config) is None:
             problems.append(
                 "tokenizer.path is null and the model starts from scratch; give a tokenizer folder "
@@ -62,6 +74,16 @@ class NextTokenStage(TrainStage):
                 f"max_position_embeddings={positions}; use {positions} or fewer"
             )
         return problems
+
+    def settle(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
+        """Pad what cannot be packed; turn epochs into steps."""
+        config, remarks = pad_where_packing_leaks(config)
+        if config.loop.epochs is None:
+            return config, remarks
+        path = tokenizer_path(config)
+        assert path is not None  # ``check`` refuses it
+        config, more = count_steps(config, open_store(config.data, path))
+        return config, remarks + more
 
     def setup(self, context: Context, sinks_step: int) -> Sinks:
         """Open the store, load the model into the engine, open the sinks."""
@@ -117,44 +139,58 @@ class NextTokenStage(TrainStage):
             self.store,
             data,
             seed=loop.seed,
-            rows_per_step=loop.global_batch_tokens // data.max_length,
+            rows_per_step=rows_per_step(self.config),
             micro_batch_size=loop.micro_batch_size,
             rank=self.context.rank,
             world_size=self.context.world_size,
             start_row=state["loader"]["next_row"] if state else 0,
         )
-        return iter(self.loader)
+        for warning in warn_of_repetition(self.config, self.loader.mixture):
+            if self.context.rank == 0:
+                LOG.warning(warning)
+        return self._measured(self.loader)
 
-    def num_targets(self, batch: Batch) -> int:
-        """Return the tokens the batch predicts."""
+    def _measured(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Record what of each micro-batch is learnt and what is padding."""
+        for batch in batches:
+            num_tokens, size = batch.num_tokens, batch.input_ids.numel()
+            self.bag.add_ratio("trained_share", batch.num_trained, num_tokens)
+            self.bag.add_ratio("padding_share", size - num_tokens, size)
+            yield batch
+
+    def num_targets(self, batch: Batch) -> float:
+        """Return the sum of the weights of the tokens that the batch predicts."""
         return batch.num_targets
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the summed next-token loss."""
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "labels": batch.labels,
+        }
+        if batch.weights is not None:
+            inputs["weights"] = batch.weights
         device = self.policy.device
-        return self.policy(
-            input_ids=batch.input_ids.to(device, non_blocking=True),
-            position_ids=batch.position_ids.to(device, non_blocking=True),
-            labels=batch.labels.to(device, non_blocking=True),
-        )
+        return self.policy(**{k: v.to(device, non_blocking=True) for k, v in inputs.items()})
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
-        """Do one optimizer step on its own random numbers; return its targets."""
+        """Do one optimizer step on its own random numbers; return its tokens."""
         # A function of (seed, rank, step): dropout needs no generator state in a checkpoint.
         key = f"{self.config.loop.seed}/{self.context.rank}/{step}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
-        count = super().train_step(step, batches)
-        self._tokens += count
-        return count
+        num_tokens = super().train_step(step, batches)
+        self._tokens += num_tokens
+        return num_tokens
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step ``step`` (from 0)."""
-        schedule = self.config.schedule
+        schedule, max_steps = self.config.schedule, self.config.loop.max_steps
         return self.config.optim.lr * lr_factor(
             schedule.name,
             step,
-            max_steps=self.config.loop.max_steps,
-            warmup_steps=schedule.warmup_steps,
+            max_steps=max_steps,
+            warmup_steps=max(schedule.warmup_steps, round(schedule.warmup_share * max_steps)),
             min_lr_ratio=schedule.min_lr_ratio,
             decay_share=schedule.decay_share,
         )
@@ -163,6 +199,11 @@ class NextTokenStage(TrainStage):
         """Return tokens trained on, the loader's state and what the run reads."""
         loader = self.loader.state()
         return {"tokens": self._tokens, "loader": loader, "inputs": self._inputs}
+
+    def progress(self) -> dict[str, float]:
+        """Return tokens without padding, and passes over the data."""
+        epoch = self.loader.state()["next_row"] / self.loader.mixture.rows_per_pass
+        return {"tokens": self._tokens, "epoch": epoch}
 
     def evaluate(self, sinks: Sinks, step: int, stop: StopRequest) -> bool:
         """Record loss, perplexity and bits per character of every source's held-out part."""
@@ -179,7 +220,8 @@ class NextTokenStage(TrainStage):
                         return False
                     sources[name] = figures
             sinks.evaluate(step, sources)
-            sinks.event(step, "mixture", epochs=self.loader.epochs())
+            shares = {"fill_share": self.loader.fill_shares()} if self.config.data.packing else {}
+            sinks.event(step, "mixture", epochs=self.loader.epochs(), **shares)
             self.write_samples(sinks, step)
             self.policy.module.train()
         return True
@@ -198,3 +240,17 @@ class NextTokenStage(TrainStage):
     def write_samples(self, sinks: Sinks, step: int) -> None:
         """Record what the model writes after the stage's prompts; every rank generates."""
         raise NotImplementedError
+
+
+def pad_where_packing_leaks(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Turn packing off for a model that would let the documents of a row see each other."""
+    data, architecture = config.data, read_architecture(config.model)
+    if not (data.packing and data.isolate_documents) or isolates_documents(architecture):
+        return config, []
+    remark = (
+        f"model_type={architecture.get('model_type')} does not keep the documents of a packed row "
+        "apart, so data.packing is false for this run: one document a row, padded. "
+        "data.isolate_documents=false packs them all the same"
+    )
+    padded = dataclasses.replace(config, data=dataclasses.replace(data, packing=False))
+    return padded, [remark]

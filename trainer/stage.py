@@ -33,3 +33,14 @@ class Stage:
     def check(self, config: RunConfig) -> list[str]:
         """Return contradictions between this stage's fields and the rest of the config."""
         return []
+
+    def settle(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
+        """Fill in what only the model and the prepared data can tell, before the run is frozen.
+
+        Returns:
+            The config, and remarks for the user. Settling it again changes nothing.
+
+        Raises:
+            DataError: the data is not prepared.
+        """
+        return config, []

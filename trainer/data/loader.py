@@ -116,10 +116,9 @@ class TrainLoader:
         self.rows_per_step, self.micro_batch_size = rows_per_step, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._next_row, self._delivered = start_row, 0
-        rows = make_rows(store, data_config, seed)
-        self.mixture = make_mixture(rows, data_config, seed)
-        self._sources = list(store.sources.values())
-        self._rows = list(rows.values())
+        self._streams = make_rows(store, data_config, seed)
+        self.mixture = make_mixture(self._streams, data_config, seed)
+        self._sources, self._rows = list(store.sources.values()), list(self._streams.values())
         # Cut documents fill their rows; other rows are as long as what is in them.
         self._full_rows = data_config.packing and data_config.content == "documents"
         self._step_rows: tuple[int, list[DrawnRow]] = (-1, [])
@@ -131,6 +130,10 @@ class TrainLoader:
     def epochs(self) -> dict[str, float]:
         """Return the passes over each source that finished steps have made."""
         return self.mixture.epochs_at(self._next_row)
+
+    def fill_shares(self) -> dict[str, float]:
+        """Return the share of each source's rows that tokens fill, where rows are packed."""
+        return {name: rows.fill_share for name, rows in self._streams.items()}
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the current state on; the state moves as batches are taken."""

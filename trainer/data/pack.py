@@ -30,6 +30,7 @@ class Rows(Protocol):
     """The endless stream of rows of one source: epoch after epoch, each in its own order."""
 
     rows_per_epoch: int
+    fill_share: float  # of the tokens that rows of the full length would hold
 
     def row(self, index: int) -> list[Piece]:
         """Return the pieces of row ``index`` of the stream, in order."""
@@ -64,6 +65,7 @@ class Packer:
             self.rows_per_epoch = -(-int(lengths.sum()) // max_length)
         else:
             self.rows_per_epoch = int((-(-lengths // max_length)).sum())
+        self.fill_share = int(lengths.sum()) / max(1, self.rows_per_epoch * max_length)
 
     def row(self, index: int) -> list[Piece]:
         """Return the pieces of row ``index`` of the stream, in order."""
@@ -139,6 +141,7 @@ class WholePacker:
         self._epoch = -1
         self._order = self._sorted = np.empty(0, np.int64)
         self.rows_per_epoch = len(self._bins)
+        self.fill_share = int(lengths.sum()) / max(1, self.rows_per_epoch * max_length)
 
     def row(self, index: int) -> list[Piece]:
         """Return the documents of row ``index`` of the stream, the longest first."""

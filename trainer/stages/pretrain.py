@@ -14,6 +14,7 @@ class Pretrain(NextTokenStage):
     """Hyperparameters of the stage; the rest are the config's groups."""
 
     name: ClassVar[str] = "pretrain"
+    content: ClassVar[str] = "documents"
 
     sample_prompts: list[str] = field(default_factory=list)  # continued greedily at evaluations
     sample_tokens: int = 40  # tokens of each continuation
