@@ -63,7 +63,7 @@ _TABLE = (
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
     Family("phimoe", "Phi-3.5-MoE", "kernel", _QKVO, _EXPERTS),
-    Family("falcon", "Falcon", "mask", _FUSED, "packed rows hold a whole-row mask"),
+    Family("falcon", "Falcon", "mask", _FUSED),
     Family("bloom", "BLOOM, BLOOMZ", "none", _FUSED, "its alibi counts from the row's start"),
     Family("glm", "GLM-4-9B", "kernel", (*_QKVO, "gate_up_proj", "down_proj")),
     Family("glm4", "GLM-4-0414", "kernel", (*_QKVO, "gate_up_proj", "down_proj")),
@@ -85,7 +85,7 @@ _TABLE = (
     Family("seed_oss", "Seed-OSS", "kernel", _QKVO + _GATED),
     Family("deepseek_v2", "DeepSeek-V2", "kernel", _LATENT + _GATED, _EXPERTS),
     Family("deepseek_v3", "DeepSeek-V3", "kernel", _LATENT + _GATED, _EXPERTS),
-    Family("gpt_oss", "gpt-oss", "positions", _QKVO, _EXPERTS),
+    Family("gpt_oss", "gpt-oss", "none", _QKVO, _EXPERTS),
     Family("gpt2", "GPT-2", "kernel", _CONV1D),
     Family("gpt_neox", "Pythia, GPT-NeoX", "kernel", _FUSED),
     Family("opt", "OPT", "kernel", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
@@ -95,7 +95,7 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _TABLE
 
 
 def find_family(config: Mapping[str, Any]) -> Family | None:
-    """Return what is known of an architecture, None for a model_type not in the table.
+    """Return what is known of an architecture, None for a model_type that the table lacks.
 
     Args:
         config: config.json as a mapping (``model.config.to_dict()``).

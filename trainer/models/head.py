@@ -22,6 +22,8 @@ from trainer.losses.cross_entropy import (
     next_token_targets,
     next_token_weights,
 )
+from trainer.models.attention import isolated_documents
+from trainer.models.router import router_loss_coefficient, router_loss_sum
 
 
 class FusedHead(nn.Linear):
@@ -68,12 +70,14 @@ class FusedHead(nn.Linear):
         """
         if labels is None:
             return super().forward(hidden)
-        targets = next_token_targets(labels).flatten()
-        inputs = hidden.flatten(0, 1), self.weight, targets, self.num_real_rows
-        if weights is None:
-            return linear_cross_entropy(*inputs)
-        token_weights = next_token_weights(weights).flatten()
-        return linear_cross_entropy(*inputs, token_weights=token_weights)
+        token_weights = None if weights is None else next_token_weights(weights).flatten()
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.weight,
+            next_token_targets(labels).flatten(),
+            self.num_real_rows,
+            token_weights,
+        )
 
     def extra_repr(self) -> str:
         """Name the sizes in ``print(model)``."""
@@ -172,9 +176,9 @@ def causal_lm_loss(
 ) -> Tensor:
     """Return the summed next-token loss of a batch.
 
-    No attention mask is passed and the cache is off: only so do transformers' models keep packed
-    documents apart where ``position_ids`` start again. A model whose head is not fused computes
-    plain logits.
+    The cache is off and no two-dimensional mask is passed: either would silently join packed
+    documents, which begin where ``position_ids`` start again. A model whose head is not fused
+    computes plain logits. While a mixture of experts is trained, its router loss is added.
 
     Args:
         model: a causal language model, or one wrapped by peft.
@@ -194,10 +198,20 @@ def causal_lm_loss(
         "attention_mask": None,
         "use_cache": False,
     }
+    balances = model.training and router_loss_coefficient(model.config) > 0
+    if balances:
+        inputs["output_router_logits"] = True
     head = model.get_output_embeddings()
-    if not isinstance(head, FusedHead):
-        logits = model(**inputs).logits[..., :num_real_rows]
+    fused = isinstance(head, FusedHead)
+    with isolated_documents(model, position_ids) as mask:
+        inputs["attention_mask"] = mask
+        output = model.get_decoder()(**inputs) if fused else model(**inputs)
+    if fused:
+        loss: Tensor = head(output.last_hidden_state, labels, weights)
+    else:
+        logits = output.logits[..., :num_real_rows]
         token_weights = None if weights is None else next_token_weights(weights)
-        return cross_entropy_sum(logits, next_token_targets(labels), token_weights)
-    loss: Tensor = head(model.get_decoder()(**inputs).last_hidden_state, labels, weights)
+        loss = cross_entropy_sum(logits, next_token_targets(labels), token_weights)
+    if balances:
+        loss = loss + router_loss_sum(output.router_logits, model.config, labels, weights)
     return loss

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.models.attention import use_document_attention
 from trainer.models.head import causal_lm_loss
 
 PREFIX = "decoder."  # of parameter names inside ``LanguageModel``; checkpoints leave it out
@@ -22,6 +23,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, decoder: Any, num_tokens: int) -> None:
         super().__init__()
+        use_document_attention(decoder)
         self.decoder, self.num_tokens = decoder, num_tokens
 
     def forward(

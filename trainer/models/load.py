@@ -152,9 +152,7 @@ def load_model(
         return _from_folder(model.path, dtype, own_code)
     # Constructors would draw numbers and fill memory that are thrown away.
     with partitioning.construction() if partitioning else nullcontext(), no_init_weights():
-        created = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=own_code
-        )
+        created = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code)
     if model.path is None:
         _initialise(created, seed, partitioning is not None)
     elif partitioning and not _stream(created, Path(model.path), partitioning):
@@ -172,7 +170,6 @@ def _from_folder(path: str, dtype: torch.dtype, own_code: bool) -> PreTrainedMod
     return AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
-        attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=own_code,
     )

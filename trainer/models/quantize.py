@@ -142,7 +142,6 @@ def load_quantized(
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
-        attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=own_code,
         quantization_config=settings,

@@ -1,0 +1,46 @@
+"""The auxiliary loss that keeps the experts of a mixture evenly loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from trainer.losses.cross_entropy import IGNORE_INDEX
+
+
+def router_loss_coefficient(config: PreTrainedConfig) -> float:
+    """Return the model's own coefficient of the router loss; 0 for a model without one."""
+    return float(getattr(config, "router_aux_loss_coef", None) or 0.0)
+
+
+def router_loss_sum(
+    router_logits: tuple[Tensor, ...],
+    config: PreTrainedConfig,
+    labels: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return the load-balancing loss (eq. 4 to 6 of arXiv:2101.03961), weighted and summed.
+
+    The loss is a mean over tokens and takes them for independent draws. Times the batch's targets
+    it adds up like a next-token loss: divided by the targets of the whole step it is the mean over
+    micro-batches, weighted by their targets.
+
+    Args:
+        router_logits: ``[batch * seq, experts]`` of each layer.
+        config: the model's; gives the coefficient and the experts per token.
+        labels: ``[batch, seq]`` token ids, unshifted; ``IGNORE_INDEX`` is no target.
+        weights: ``[batch, seq]`` factor of each target's loss, unshifted; None is 1.
+
+    Returns:
+        ``[]`` the loss, times its coefficient and the (weighted) number of targets.
+    """
+    layers = tuple(logits.flatten(0, -2) for logits in router_logits)
+    is_target = labels != IGNORE_INDEX
+    # Tokens that no target follows are padding, or as idle as padding.
+    real = is_target.flip(1).cummax(1).values.flip(1)
+    share = load_balancing_loss_func(layers, layers[0].shape[-1], config.num_experts_per_tok, real)
+    counted = is_target[:, 1:]
+    num_targets = counted.sum() if weights is None else (weights[:, 1:] * counted).sum()
+    return router_loss_coefficient(config) * share * num_targets.to(torch.float32)
