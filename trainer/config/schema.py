@@ -14,6 +14,8 @@ class ModelConfig:
     path: str | None = None
     architecture: dict[str, Any] | None = None  # keyword arguments of the transformers config class
     pad_vocab_to: int = 64  # from scratch: rows of both vocabulary matrices are a multiple of this
+    trust_remote_code: bool = False  # run the folder's own code, if it is that of revision
+    revision: str | None = None  # SHA-256 over the folder's .py files
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,19 @@ class ScheduleConfig:
 class PeftConfig:
     """Which parameters are trained."""
 
-    mode: Literal["full", "freeze", "lora"] = "full"
+    mode: Literal["full", "freeze", "lora", "qlora"] = "full"
     trainable: str | None = None  # freeze: regex searched in parameter names
+    trainable_layers: int = 0  # freeze: the last layers of the model
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dora: bool = False  # train each output's length apart from its direction
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
+    target_modules: list[str] | Literal["auto", "all-linear"] = "auto"
     train_embeddings: bool = False  # lora: train input and output embeddings as well
+    adapter: str | None = None  # lora: folder of an adapter to continue; it sets rank and modules
+    quantization: Literal["nf4", "int8"] = "nf4"  # qlora: storage of the frozen linear layers
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config.build import build
-from trainer.config.schema import RunConfig
+from trainer.config.schema import PeftConfig, RunConfig
 from trainer.errors import ConfigError
 
 # Smallest value of a key, where any number from there on makes sense.
@@ -23,6 +23,7 @@ LOWEST: dict[str, int] = {
     "optim.grad_clip": 0,
     "schedule.warmup_steps": 0,
     "peft.rank": 1,
+    "peft.trainable_layers": 0,
     "loop.max_steps": 0,
     "loop.micro_batch_size": 1,
     "loop.global_batch_tokens": 2,
@@ -71,10 +72,6 @@ def validate(config: RunConfig) -> list[str]:
         problems.append("engine.offload_optimizer=nvme needs ZeRO-3; use engine=zero3_nvme")
     if "nvme" in (engine.offload_optimizer, engine.offload_params) and not engine.nvme_path:
         problems.append("engine.nvme_path is null; nvme offload needs a node-local folder there")
-    if config.peft.mode == "freeze" and not config.peft.trainable:
-        problems.append(
-            "peft.mode=freeze needs peft.trainable, a regex of parameter names to train"
-        )
     if data.max_length > 1 and loop.global_batch_tokens % data.max_length:
         low = max(1, loop.global_batch_tokens // data.max_length) * data.max_length
         problems.append(
@@ -92,7 +89,43 @@ def validate(config: RunConfig) -> list[str]:
         value = getattr(getattr(config, section), name)
         if value < low:
             problems.append(f"{key}={value}: expected {low} or more")
-    return problems + _check_shares(config)
+    return problems + _check_peft(config.peft) + _check_shares(config)
+
+
+def _check_peft(peft: PeftConfig) -> list[str]:
+    """Return keys that the mode needs, and those it would not read."""
+    problems = []
+    if peft.mode == "freeze" and not (peft.trainable or peft.trainable_layers):
+        problems.append(
+            "peft.mode=freeze needs peft.trainable, a regex of parameter names to train, or "
+            "peft.trainable_layers, a number of last layers"
+        )
+    unread: dict[tuple[str, ...], dict[str, Any]] = {
+        ("freeze",): {"trainable": None, "trainable_layers": 0},
+        ("lora", "qlora"): {
+            "rslora": False,
+            "dora": False,
+            "b_lr_ratio": 1.0,
+            "train_embeddings": False,
+            "adapter": None,
+        },
+    }
+    for modes, keys in unread.items():
+        for key, unset in keys.items():
+            value = getattr(peft, key)
+            if peft.mode not in modes and value != unset:
+                problems.append(
+                    f"peft.{key}={value} has no effect with peft.mode={peft.mode}; use "
+                    f"peft={'|'.join(modes)} or leave it out"
+                )
+    if peft.b_lr_ratio <= 0:
+        problems.append(f"peft.b_lr_ratio={peft.b_lr_ratio}: expected more than 0")
+    if peft.adapter and (peft.rslora or peft.dora):
+        problems.append(
+            f"peft.adapter={peft.adapter} itself says whether it is rsLoRA or DoRA; leave "
+            "peft.rslora and peft.dora out"
+        )
+    return problems
 
 
 def _check_shares(config: RunConfig) -> list[str]:
