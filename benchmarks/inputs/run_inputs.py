@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,3 +55,13 @@ def overrides(tokenizer: Path, folder: Path) -> list[str]:
         *(f"model.architecture.{key}={value}" for key, value in ARCHITECTURE.items()),
         "loop.eval_chars=0",
     ]
+
+
+def place_of_ranks(num_ranks: int) -> dict[str, str]:
+    """Return the environment that ranks of one machine share: addresses and threads."""
+    from launch.local import threads_per_rank
+    from launch.rendezvous import free_port
+
+    threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(num_ranks)))
+    place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    return place | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": threads}
