@@ -16,8 +16,10 @@ VERBS = {
     "run": ("launch.run", "run one stage on this machine, or as one rank of a job"),
     "prepare": ("launch.prepare", "tokenise the sources of a config into token stores, offline"),
     "export": ("launch.export", "write a run's model as a plain Hugging Face folder"),
+    "chat": ("launch.chat", "talk with a model in the terminal"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
+WITH_KEYS = ("run", "prepare", "chat")  # verbs whose help reads conf/
 USAGE = """usage: kuroshio VERB [GROUP=OPTION | KEY=VALUE | FLAG]...
 
 {verbs}
@@ -47,7 +49,7 @@ def dispatch(argv: Sequence[str]) -> int:
         return importlib.import_module("launch.completion").main(arguments, list(VERBS))
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is no verb: {', '.join(VERBS)}{nearest(verb, VERBS)}")
-    if verb in ("run", "prepare") and {"-h", "--help"}.intersection(arguments):
+    if verb in WITH_KEYS and {"-h", "--help"}.intersection(arguments):
         print(importlib.import_module("launch.help").verb_help(verb, arguments), end="")
         return 0
     if verb == "prepare":

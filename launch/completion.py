@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from launch.help import read_keys, verb_files
 from trainer.errors import ConfigError
 
 COMPOSING = ("run", "prepare")  # verbs whose words are overrides
+TAKING_A_MODEL = ("chat",)  # verbs with keys of their own
 
 
 def main(arguments: Sequence[str], verbs: Sequence[str]) -> int:
@@ -47,4 +49,8 @@ def _query(line: str, shell: str, verbs: Sequence[str]) -> int:
         rest = line.split(maxsplit=2)[2] if len(words) > 2 else ""
         os.environ["COMP_LINE"] = f"{words[0]} {rest}"
         run_completion(f"query={shell}")
+    elif words[1] in TAKING_A_MODEL:
+        start = "" if line[-1].isspace() else words[-1]
+        keys = [f"{key}=" for path in verb_files(words[1]) for key in read_keys(path)]
+        print("\n".join(key for key in dict.fromkeys(keys) if key.startswith(start)))
     return 0

@@ -59,6 +59,23 @@ def compose_values(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any
     return values
 
 
+def compose_verb(verb: str, overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
+    """Compose ``conf/VERB.yaml``, which has no groups, with ``overrides`` into plain data.
+
+    Raises:
+        ConfigError: for words that are no overrides, unknown keys (each with the nearest names)
+            and values that look like secrets.
+    """
+    refuse_secrets(_pairs(overrides))
+    with _hydra(conf):
+        settings = _parse_all(overrides, conf)
+        try:
+            return _resolve(_compose(list(overrides), verb))
+        except ConfigError:
+            _check_keys(settings, _compose([], verb))
+            raise
+
+
 def group_options(conf: Path = CONF) -> dict[str, list[str]]:
     """Return the options of every config group, read from the folders of ``conf``."""
     folders = sorted(p for p in conf.iterdir() if p.is_dir())
@@ -169,11 +186,12 @@ def _choose(parsed: Iterable[Override], conf: Path) -> tuple[list[str], list[Ove
     return chosen, settings
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _compose(overrides: list[str], primary: str = "run") -> DictConfig:
     try:
-        return hydra_compose("run", overrides)
+        return hydra_compose(primary, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"conf/run.yaml with {overrides or 'no overrides'}: {error}") from error
+        words = overrides or "no overrides"
+        raise ConfigError(f"conf/{primary}.yaml with {words}: {error}") from error
 
 
 def _check_keys(settings: Iterable[Override], known: DictConfig) -> None:

@@ -22,6 +22,19 @@ FLAGS = {
 
 Takes the overrides of the run that will read the data; under mpiexec, all ranks share the work.
 """,
+    "chat": """usage: kuroshio chat MODEL [KEY=VALUE]...
+
+MODEL is a model folder, a run folder or a peft adapter folder. Piped lines are questions too.
+""",
+    "generate": """usage: kuroshio generate MODEL INPUT OUTPUT [KEY=VALUE]...
+
+Answers the prompts in INPUT (any format that training reads, or a .txt with one a line) and writes
+OUTPUT, JSON lines in the order of INPUT. Started again after a stop, it goes on.
+""",
+    "serve": """usage: kuroshio serve MODEL [KEY=VALUE]...
+
+Serves /v1/chat/completions and /v1/completions; clients send the token as their API key.
+""",
 }
 _KEY = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value> [^#]*?)? *(#(?P<comment>.*))?$")
 KEY_WIDTH, VALUE_WIDTH = 42, 14
@@ -31,11 +44,13 @@ def verb_help(verb: str, arguments: Sequence[str] = (), conf: Path = CONF) -> st
     """Return usage, groups with their options, and keys with values and comments.
 
     Args:
-        verb: ``run`` or ``prepare``.
+        verb: ``run`` or ``prepare``; others have keys only.
         arguments: words beside ``--help``; a ``GROUP=OPTION`` among them is taken as chosen, so
             that ``kuroshio run stage=vocab --help`` lists that stage's keys.
         conf: folder of the config groups.
     """
+    if (conf / f"{verb}.yaml").is_file() and verb != "run":
+        return "\n".join([FLAGS[verb], "keys (KEY=VALUE)", *_verb_lines(verb, conf)]) + "\n"
     defaults = default_options(conf)
     chosen = {**defaults, **_choices(arguments, conf)}
     lines = [FLAGS[verb], "groups (GROUP=OPTION; * = chosen)"]
@@ -45,6 +60,28 @@ def verb_help(verb: str, arguments: Sequence[str] = (), conf: Path = CONF) -> st
     for prefix, path in _key_files(conf, chosen, defaults):
         lines += ["", *_key_lines(path, prefix)]
     return "\n".join(lines) + "\n"
+
+
+def verb_files(verb: str, conf: Path = CONF) -> list[Path]:
+    """Return the files that hold the keys of a verb without groups, its own first."""
+    own = conf / f"{verb}.yaml"
+    names = yaml.safe_load(own.read_text(encoding="utf-8"))["defaults"]
+    return [own, *(conf / f"{name}.yaml" for name in reversed(names) if name != "_self_")]
+
+
+def read_keys(path: Path) -> list[str]:
+    """Return the dotted keys of a YAML file that have a value or a comment."""
+    return [line.split()[0] for line in _key_lines(path, "")]
+
+
+def _verb_lines(verb: str, conf: Path) -> list[str]:
+    own, *others = verb_files(verb, conf)
+    replaced = yaml.safe_load(own.read_text(encoding="utf-8"))
+    lines = ["", *_key_lines(own, "")]
+    for path in others:
+        shown = [line for line in _key_lines(path, "") if line.split()[0] not in replaced]
+        lines += ["", *shown]
+    return lines
 
 
 def default_options(conf: Path = CONF) -> dict[str, str | None]:

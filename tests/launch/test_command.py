@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.__main__ import VERBS, WITH_KEYS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,10 +38,10 @@ def test_help_names_every_verb_and_is_fast() -> None:
         seconds.append(used)  # processor time: a busy machine does not count
     assert min(seconds) < 0.3
     assert done.returncode == 0
-    assert all(f"  {verb} " in done.stdout for verb in ("run", "prepare", "export", "report"))
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["prepare", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in WITH_KEYS)])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys\nsys.argv[1:] = " + repr(words) + "\nfrom launch.__main__ import main\n"
@@ -59,6 +61,12 @@ def test_verb_help_lists_groups_options_and_keys_from_conf() -> None:
     assert "* zero2 " in text and "  zero3_nvme " in text
     line = next(line for line in text.splitlines() if "loop.global_batch_tokens" in line)
     assert line.split()[1] == "8192" and "tokens of one optimizer step" in line
+
+
+def test_verb_help_of_chat_lists_its_keys_with_values() -> None:
+    lines = [line.split() for line in kuroshio("chat", "--help").stdout.splitlines()]
+    assert ["top_p", "0.9"] in [line[:2] for line in lines]
+    assert ["persona", "null"] in [line[:2] for line in lines]
 
 
 def test_verb_help_follows_the_chosen_options() -> None:
@@ -93,7 +101,7 @@ def test_overrides_beside_a_whole_config_are_refused() -> None:
 
 
 def test_completion_of_verbs() -> None:
-    assert complete("kuroshio ") == ["run", "prepare", "export", "report"]
+    assert complete("kuroshio ") == list(VERBS)
     assert complete("kuroshio re") == ["report"]
 
 
@@ -103,6 +111,7 @@ def test_completion_of_options_groups_and_keys() -> None:
     assert "engine=" in complete("kuroshio run eng")
     assert complete("kuroshio run engine=zero3 loop.max_") == ["loop.max_steps="]
     assert complete("kuroshio prepare data.max_l") == ["data.max_length="]
+    assert complete("kuroshio chat FOLDER top") == ["top_k=", "top_p="]
 
 
 def test_completion_code_can_be_installed_in_bash() -> None:

@@ -32,7 +32,7 @@ class Answer:
     """What a model said.
 
     Attributes:
-        text: without the token or text that ended it.
+        text: without the token or text that ended it, and without white space around it.
         finish_reason: ``stop``, or ``length`` when max_new_tokens or the context ended it.
         num_tokens: tokens computed for it, an end token among them.
     """
@@ -125,7 +125,7 @@ class ChatModel:
         if not greedy:
             for stream, token_ids in zip(streams, sequences[:, length:].tolist(), strict=True):
                 any(stream.feed(token_id) for token_id in token_ids)
-        return [Answer(s.text, s.finish_reason or "length", s.num_tokens) for s in streams]
+        return [Answer(s.text.rstrip(), s.finish_reason or "length", s.num_tokens) for s in streams]
 
     def _generation_config(self, decoding: Decoding, max_new_tokens: int) -> GenerationConfig:
         """Return a greedy or beam search; sampling is the processors' part."""

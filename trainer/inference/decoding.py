@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from trainer.config import build
-from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,18 +61,3 @@ class Decoding:
                 "is deterministic; set temperature=0, or num_beams=1 to sample"
             )
         return found
-
-
-def build_decoding(values: Mapping[str, Any]) -> Decoding:
-    """Build and check decoding parameters from plain data.
-
-    Raises:
-        ConfigError: with every problem found, one per line.
-    """
-    problems: list[str] = []
-    decoding = build(Decoding, values, "", problems)
-    if decoding is not None:
-        problems += decoding.problems()
-    if problems or decoding is None:
-        raise ConfigError("\n".join(problems))
-    return decoding

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenizer.load import JSON_NAME, check_pair, load_tokenizer, sentencepiece_file
-from trainer.config import build
 from trainer.data.chat import resolve_template
 from trainer.engine.precision import DTYPES, native_precision
 from trainer.errors import ConfigError
@@ -40,18 +39,11 @@ class Loading:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
 
-
-def build_loading(values: Mapping[str, Any]) -> Loading:
-    """Build the loading keys from plain data.
-
-    Raises:
-        ConfigError: with every problem found, one per line.
-    """
-    problems: list[str] = []
-    loading = build(Loading, values, "", problems)
-    if problems or loading is None:
-        raise ConfigError("\n".join(problems))
-    return loading
+    def problems(self) -> list[str]:
+        """Return values that make no sense, alone or together."""
+        if self.step is not None and self.step < 0:
+            return [f"step={self.step}: expected 0 or more"]
+        return []
 
 
 def load_chat_model(folder: Path, loading: Loading, local_rank: int = 0) -> ChatModel:

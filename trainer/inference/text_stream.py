@@ -38,6 +38,9 @@ class Detokenizer:
 class AnswerStream:
     """Follows one answer token by token.
 
+    White space before its first character is dropped: whether a template or the model writes the
+    space between the two differs between tokenizers.
+
     Args:
         tokenizer: decodes the tokens.
         stop_ids: tokens that end the answer.
@@ -88,6 +91,8 @@ class AnswerStream:
 
     def _pass_on(self, num_chars: int) -> None:
         piece, self._held = self._held[:num_chars], self._held[num_chars:]
+        if not self.text:
+            piece = piece.lstrip()
         if piece:
             self.text += piece
             self._on_text(piece)
