@@ -30,7 +30,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inputs.run_inputs import find_tokenizer, overrides  # noqa: E402
+from benchmarks.inputs.run_inputs import find_tokenizer, overrides  # noqa: E402
 
 POLL_S = 0.05
 TIMEOUT_S = 600.0

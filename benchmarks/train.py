@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inputs.run_inputs import find_tokenizer, overrides, place_of_ranks  # noqa: E402
-from inputs.turns import RankGroup, Turns, take_turns, time_ratio  # noqa: E402
+from benchmarks.inputs.run_inputs import find_tokenizer, overrides, place_of_ranks  # noqa: E402
+from benchmarks.inputs.turns import RankGroup, Turns, take_turns, time_ratio  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def run_rank(case: dict[str, Any]) -> None:
     from trainer.stage import Context
 
     if case["variant"] == "bare":
-        from inputs.bare_loop import train_barely as train
+        from benchmarks.inputs.bare_loop import train_barely as train
     else:
         train = train_for_real
     config = load_config(case["values"])

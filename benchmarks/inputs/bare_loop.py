@@ -14,9 +14,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from inputs.turns import Turns
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.inputs.turns import Turns
 from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import OptimConfig, RunConfig
 from trainer.data.loader import TrainLoader
