@@ -107,6 +107,21 @@ def kill_in_save(step: int) -> None:
     checkpoint._commit = commit_or_die
 
 
+def split_everything() -> None:
+    """Make ZeRO-3 split also the small parameters that it would keep whole on every rank."""
+    from trainer import policy
+
+    make = policy.make_ds_config
+
+    def make_without_threshold(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        config = make(*args, **kwargs)
+        if config["zero_optimization"]["stage"] == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    policy.make_ds_config = make_without_threshold
+
+
 def main(path: str) -> None:
     if "fp16" in Path(path).read_text():  # torch computes it on a CPU; DeepSpeed refuses to try
         from deepspeed.accelerator import get_accelerator
@@ -116,6 +131,8 @@ def main(path: str) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     logging.basicConfig(level=logging.WARNING)
     init_distributed(local_rank, 300)
+    if "split_everything" in Path(path).read_text():
+        split_everything()
     for scenario in json.loads(Path(path).read_text()):
         if "kill_in_save" in scenario:
             kill_in_save(scenario["kill_in_save"])
