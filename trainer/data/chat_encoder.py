@@ -64,6 +64,20 @@ class ChatSpec:
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         return cls(EncoderSpec.of(tokenizer), template, special, **options)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the encoding besides the tokenizer, for the name of a store."""
+        return {
+            "template": self.template,
+            "special_tokens": dict(self.special_tokens),
+            "train_on": self.train_on,
+            "system": self.system,
+            "max_length": self.max_length,
+        }
+
+    def build(self) -> ChatEncoder:
+        """Return what encodes conversations."""
+        return ChatEncoder(self)
+
 
 @dataclass(frozen=True)
 class EncodedChat:

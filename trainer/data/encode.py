@@ -51,6 +51,15 @@ class EncoderSpec:
             pad_token_id=next(pad for pad in pads if pad is not None),
         )
 
+    @property
+    def encoder(self) -> EncoderSpec:
+        """Itself, as the tokenizer of a ``ChatSpec`` is."""
+        return self
+
+    def build(self) -> Encoder:
+        """Return what encodes texts."""
+        return Encoder(self)
+
 
 class Encoder:
     """Encode documents as the bytes of their ids, with the start and end token around each.

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.config import SourceConfig
 from trainer.data.files import detect_format, list_files, naming_the_file
+from trainer.data.layout_search import find_layout
+from trainer.data.layouts import Layout
 from trainer.data.storage import sha256_of, write_atomically
 
 # Raise when readers or encoder change what they make of the same bytes.
-PREPARATION = "kuroshio-prepare-1"
+PREPARATION = "kuroshio-prepare-2"
 HASHES = "hashes"  # folder of the store that remembers hashes of source files
 
 
@@ -27,6 +30,7 @@ class SourceFile:
     format: str
     num_bytes: int  # on disk
     sha256: str
+    layout: Layout | None = None  # of conversations; None for texts
 
 
 @dataclass(frozen=True)
@@ -41,39 +45,70 @@ class SourcePlan:
     min_chars: int
 
     @property
+    def holds_chats(self) -> bool:
+        """Tell whether the rows are conversations."""
+        return any(file.layout is not None for file in self.files)
+
+    @property
     def work_folder(self) -> Path:
         """Where shards are collected until the source is committed."""
         return self.folder.with_name(f"{self.folder.name}.work")
 
 
 def plan_source(
-    name: str, source: SourceConfig, *, store_dir: Path, tokenizer_key: str, min_chars: int
+    name: str,
+    source: SourceConfig,
+    *,
+    store_dir: Path,
+    tokenizer_key: str,
+    min_chars: int,
+    chat: Mapping[str, Any] | None = None,
 ) -> SourcePlan:
     """Hash a source's files, reading options and tokenizer into the name of its folder.
 
     Paths, weights and shares are left out: moving files or mixing them otherwise prepares nothing
     anew.
 
+    Args:
+        name: the source's name.
+        source: its files and options.
+        store_dir: where prepared sources are.
+        tokenizer_key: the tokenizer's fingerprint.
+        min_chars: shorter texts are left out.
+        chat: for conversations: what decides how they are encoded, template and length among it.
+
     Raises:
-        DataError: a file is missing, empty or unreadable.
+        DataError: a file is missing, empty, unreadable or holds no conversations.
     """
     paths = list_files(source)
     with ThreadPoolExecutor() as threads:  # hashing and waiting for the disk leave Python free
         hashes = threads.map(lambda path: hash_file(path, store_dir / HASHES), paths)
         files = [
-            SourceFile(path, detect_format(path, source.format), path.stat().st_size, sha256)
+            _source_file(path, source, sha256, chat is not None)
             for path, sha256 in zip(paths, hashes, strict=True)
         ]
     parts = {
         "preparation": PREPARATION,
         "files": [[file.sha256, file.format] for file in files],
-        "text_columns": source.text_columns,
         "tokenizer": tokenizer_key,
-        "min_chars": min_chars,
     }
+    if chat is None:
+        parts |= {"text_columns": source.text_columns, "min_chars": min_chars}
+        parts |= {"encoding": source.encoding, "sheet": source.sheet}
+    else:
+        parts |= {"chat": chat, "layouts": [asdict(f.layout) for f in files if f.layout]}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^\w-]", "_", name)
     return SourcePlan(name, source, files, key, store_dir / f"{readable}-{key[:16]}", min_chars)
+
+
+def _source_file(path: Path, source: SourceConfig, sha256: str, is_chat: bool) -> SourceFile:
+    layout = find_layout(path, source) if is_chat else None
+    if layout is not None:
+        format_name = layout.format
+    else:
+        format_name = detect_format(path, source.format, source.encoding)
+    return SourceFile(path, format_name, path.stat().st_size, sha256, layout)
 
 
 def hash_file(path: Path, cache_folder: Path) -> str:

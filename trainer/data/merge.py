@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import logging
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,15 +16,18 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from trainer.data.drafts import ROW_ARRAYS, WEIGHTS
 from trainer.data.encode import EncoderSpec, token_dtype
 from trainer.data.fingerprints import SourcePlan
 from trainer.data.records import Reject, RejectLog
+from trainer.data.remarks import Remarks
 from trainer.data.shards import num_chunks, shard_path
 from trainer.data.storage import atomic_file, naming_the_disk, sync_folder, unique_suffix
 from trainer.data.store import DOCUMENT_ARRAYS, MANIFEST, STORE_FORMAT
 from trainer.errors import DataError
 
 REJECTED = "rejected.jsonl"
+NUM_REASONS = 10  # kept in the manifest, the most frequent ones
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +78,11 @@ def _clear(work_folder: Path) -> None:
 
 def _join(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float, aside: Path) -> None:
     counts = _join_rejects(plan, max_bad_row_share, aside / REJECTED)
-    sizes = dict.fromkeys(("tokens", *DOCUMENT_ARRAYS), 0)
+    per_token = {"tokens": token_dtype(spec.num_ids)}
+    if plan.holds_chats:
+        per_token["weights"] = WEIGHTS
+    dtypes: dict[str, np.dtype[Any]] = {**per_token, **DOCUMENT_ARRAYS}
+    sizes = dict.fromkeys(dtypes, 0)
     sums = dict.fromkeys(DOCUMENT_ARRAYS, 0)
     for shard in _shards(plan):
         for name in sizes:
@@ -81,12 +90,7 @@ def _join(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float, aside: 
         for name in sums:
             sums[name] += int(shard[name].sum(dtype=np.uint64))
     if not sizes["num_tokens"]:
-        raise DataError(
-            f"source {plan.name!r}: none of {counts['read']} rows became a document "
-            f"({counts['rejected']} rejected, {counts['short']} shorter than data.min_chars="
-            f"{plan.min_chars}); see {plan.work_folder}"
-        )
-    dtypes: dict[str, np.dtype[Any]] = {"tokens": token_dtype(spec.num_ids), **DOCUMENT_ARRAYS}
+        _refuse_nothing(plan, counts, aside / REJECTED)
     arrays = {
         name: _write_array(aside / f"{name}.npy", plan, name, dtypes[name], size)
         for name, size in sizes.items()
@@ -97,7 +101,8 @@ def _join(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float, aside: 
         "key": plan.key,
         "num_documents": sizes["num_tokens"],
         **{name: sums[name] for name in ("num_tokens", "num_chars", "num_bytes")},
-        "rows": counts,
+        **counts,
+        "lengths": _describe_rows(plan),
         "vocab_size": spec.num_ids,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": spec.eos_token_id,
@@ -109,19 +114,64 @@ def _join(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float, aside: 
         file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
-def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dict[str, int]:
-    """Write all rejected rows to one file, in order; check their share of the source."""
-    total = {"read": 0, "rejected": 0, "short": 0}
+def _refuse_nothing(plan: SourcePlan, counts: dict[str, Any], rejected: Path) -> None:
+    rows, chats = counts["rows"], counts["chats"]
+    kept = plan.folder.with_name(f"{plan.folder.name}.{REJECTED}")
+    shutil.copyfile(rejected, kept)
+    if plan.holds_chats:
+        left_out = f"{chats.get('long', 0)} longer than data.max_length"
+    else:
+        left_out = f"{rows['short']} shorter than data.min_chars={plan.min_chars}"
+    reasons = "; ".join(f"{number} × {reason}" for reason, number in counts["reasons"][:3])
+    raise DataError(
+        f"source {plan.name!r}: none of {rows['read']} rows became a "
+        f"{'conversation' if plan.holds_chats else 'document'} ({rows['rejected']} rejected, "
+        f"{left_out}{': ' + reasons if reasons else ''}); the rows are listed in {kept}"
+    )
+
+
+def _describe_rows(plan: SourcePlan) -> dict[str, Any]:
+    """Return how long the accepted rows are in tokens, before any were cut, and repetitions."""
+    columns = {
+        name: np.concatenate([np.empty(0, dtype), *(shard[name] for shard in _shards(plan))])
+        for name, dtype in ROW_ARRAYS.items()
+    }
+    lengths = columns["row_lengths"].astype(np.int64)
+    edges = 2 ** np.arange(4, 33, dtype=np.int64)  # up to 16 tokens, 32, 64, …
+    bins = np.bincount(np.searchsorted(edges, lengths))
+    return {
+        "duplicates": len(lengths) - len(np.unique(columns["row_hashes"])),
+        "median": int(np.percentile(lengths, 50)),
+        "percentile_95": int(np.percentile(lengths, 95)),
+        "longest": int(lengths.max()),
+        "up_to": {str(edges[i]): int(number) for i, number in enumerate(bins)},
+    }
+
+
+def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dict[str, Any]:
+    """Write all rows that were left out to one file, in order; check the share of bad ones.
+
+    Returns:
+        rows by fate, counts of conversations, remarks, and the most frequent reasons.
+    """
+    rows, chats, remarks = Counter(read=0, rejected=0, short=0), Counter[str](), Remarks()
+    reasons: Counter[str] = Counter()
     log = RejectLog(None, max_bad_row_share=1.0)
     with path.open("wb") as file:
         for shard in _shards(plan):
-            for name, count in json.loads(shard["counts"].tobytes()).items():
-                total[name] += count
-            rows = shard["rejected_rows"].tobytes()
-            file.write(rows)
-            for line in rows.splitlines():
-                log.reject(Reject(**json.loads(line)))
-    log.accept(total["read"] - total["rejected"])
+            counts = json.loads(shard["counts"].tobytes())
+            rows.update(counts["rows"])
+            chats.update(counts["chats"])
+            remarks.merge(counts["remarks"])
+            for name in ("rejected_rows", "left_out_rows"):
+                lines = shard[name].tobytes()
+                file.write(lines)
+                for line in lines.splitlines():
+                    reject = Reject(**json.loads(line))
+                    reasons[re.sub(r"\d+", "N", reject.reason)] += 1
+                    if name == "rejected_rows":
+                        log.reject(reject)
+    log.accept(rows["read"] - rows["rejected"])
     log.max_bad_row_share = max_bad_row_share
     # The user needs the list when the check fails and the folder of the merge goes away.
     log.path = plan.folder.with_name(f"{plan.folder.name}.{REJECTED}")
@@ -129,7 +179,12 @@ def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dic
         shutil.copyfile(path, log.path)
     log.check_share()
     log.path.unlink(missing_ok=True)
-    return total
+    return {
+        "rows": dict(rows),
+        "chats": dict(chats),
+        "remarks": remarks.counts,
+        "reasons": reasons.most_common(NUM_REASONS),
+    }
 
 
 def _shards(plan: SourcePlan) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tokenizer.load import fingerprint, load_tokenizer
 from trainer.config import DataConfig
+from trainer.data.chat_encoder import ChatSpec
 from trainer.data.encode import EncoderSpec
 from trainer.data.files import list_files
 from trainer.data.fingerprints import HASHES, SourcePlan, hash_file, plan_source
@@ -22,7 +23,8 @@ from trainer.data.merge import commit_source
 from trainer.data.shards import Task
 from trainer.data.storage import naming_the_disk
 from trainer.data.store import MANIFEST, SourceStore, TokenStore, verify
-from trainer.data.workers import run_tasks
+from trainer.data.templates import resolve_template
+from trainer.data.workers import Spec, run_tasks
 from trainer.errors import ConfigError, DataError
 
 TASKS_PER_PROCESS = 4  # more parts than processes, so that all end at about the same time
@@ -68,7 +70,7 @@ def prepare(
     missing = [plan for plan in plans if not _is_committed(plan)]
     wait()  # nobody commits before everybody has looked
     if missing:
-        spec = EncoderSpec.of(load_tokenizer(tokenizer_path))
+        spec = describe_encoder(data, tokenizer_path)
         num_processes = data.num_processes or len(os.sched_getaffinity(0))
         for plan in missing:
             with naming_the_disk(plan.work_folder):
@@ -78,7 +80,7 @@ def prepare(
         _refuse_changed_files(plans, plan_sources(data, tokenizer_path))
         wait()
         for plan in missing[rank::world_size]:
-            commit_source(plan, spec, data.max_bad_row_share)
+            commit_source(plan, spec.encoder, data.max_bad_row_share)
     for plan in plans[rank::world_size]:
         if plan not in missing:
             verify(plan.folder)
@@ -98,6 +100,24 @@ def _refuse_changed_files(before: list[SourcePlan], after: list[SourcePlan]) -> 
         )
 
 
+def describe_encoder(data: DataConfig, tokenizer_path: str | Path) -> Spec:
+    """Return what encodes the sources, as plain data.
+
+    Raises:
+        ConfigError: the chat template cannot be found or used with this tokenizer.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    if data.content == "documents":
+        return EncoderSpec.of(tokenizer)
+    return ChatSpec.of(
+        tokenizer,
+        resolve_template(tokenizer, data.template),
+        train_on=data.train_on,
+        system=data.system,
+        max_length=data.max_length,
+    )
+
+
 def plan_sources(data: DataConfig, tokenizer_path: str | Path) -> list[SourcePlan]:
     """Return the plan of every source, in the configuration's order.
 
@@ -110,7 +130,10 @@ def plan_sources(data: DataConfig, tokenizer_path: str | Path) -> list[SourcePla
             "data.sources is empty; choose a data option (data=samples) or add a source: "
             "+data.sources.NAME.paths=[FILE]"
         )
-    tokenizer_key = fingerprint(tokenizer_path)
+    tokenizer_key, chat = fingerprint(tokenizer_path), None
+    spec = describe_encoder(data, tokenizer_path) if data.content == "conversations" else None
+    if isinstance(spec, ChatSpec):
+        chat = spec.identity()
     return [
         plan_source(
             name,
@@ -118,6 +141,7 @@ def plan_sources(data: DataConfig, tokenizer_path: str | Path) -> list[SourcePla
             store_dir=Path(data.store_dir).expanduser(),
             tokenizer_key=tokenizer_key,
             min_chars=data.min_chars,
+            chat=chat,
         )
         for name, source in data.sources.items()
     ]

@@ -7,20 +7,23 @@ preparation goes on where it was, and two started at once can only do the same w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from trainer.data.conversations import walk_conversations
+from trainer.data.drafts import Draft, start_draft
 from trainer.data.encode import Encoder
 from trainer.data.fingerprints import SourceFile, SourcePlan
 from trainer.data.readers import decode_row, walk_file
 from trainer.data.records import RejectLog
 from trainer.data.rows import Row
-from trainer.data.storage import atomic_file, unique_suffix
-from trainer.data.store import DOCUMENT_ARRAYS, MANIFEST, hash_text
+from trainer.data.storage import atomic_file
+from trainer.data.store import MANIFEST, hash_text
+
+if TYPE_CHECKING:
+    from trainer.data.chat_encoder import ChatEncoder
 
 CHUNKS_PER_FILE = 64  # enough to spread a file over a node's processes
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 1 << 26
@@ -69,7 +72,7 @@ def num_chunks(work_folder: Path, file_id: int) -> int:
     return int(count_path(work_folder, file_id).read_text())
 
 
-def run_task(task: Task, encoder: Encoder, report: Report) -> None:
+def run_task(task: Task, encoder: Encoder | ChatEncoder, report: Report) -> None:
     """Make the missing shards of a task.
 
     Raises:
@@ -106,7 +109,11 @@ def _is_done(task: Task) -> bool:
 
 def _chunks(task: Task) -> Iterator[Iterator[Row]]:
     """Yield the chunks of a file; rows of a chunk that was not read are passed over."""
-    rows = walk_file(task.file.path, task.plan.source)
+    file, source = task.file, task.plan.source
+    if file.layout is None:
+        rows = walk_file(file.path, source)
+    else:
+        rows = walk_conversations(file.path, source, file.layout)
     limit = chunk_bytes(task.file)
     following = next(rows, None)
     while following is not None:
@@ -129,36 +136,43 @@ def _chunks(task: Task) -> Iterator[Iterator[Row]]:
 
 
 def _write_shard(
-    task: Task, path: Path, rows: Iterator[Row], encoder: Encoder, report: Report
+    task: Task, path: Path, rows: Iterator[Row], encoder: Encoder | ChatEncoder, report: Report
 ) -> None:
-    log_path = path.with_suffix(f".rejected-{unique_suffix()}.jsonl")
-    rejects = RejectLog(log_path, task.max_bad_row_share)
-    tokens: list[bytes] = []
-    columns: dict[str, list[int]] = {name: [] for name in DOCUMENT_ARRAYS}
-    num_short = 0
+    draft, rejects = start_draft(path, task.max_bad_row_share)
+    if isinstance(encoder, Encoder):
+        _add_documents(draft, rows, task, encoder, rejects, report)
+    elif task.file.layout is not None:
+        # Here, since texts need none of what templates need.
+        from trainer.data.chat_shards import add_conversations
+
+        file = task.file
+        add_conversations(draft, rows, file.path, file.layout, encoder, rejects, report)
+    draft.write(path, rejects, encoder.dtype)
+
+
+def _add_documents(
+    draft: Draft,
+    rows: Iterator[Row],
+    task: Task,
+    encoder: Encoder,
+    rejects: RejectLog,
+    report: Report,
+) -> None:
     for texts in _batches(rows, task, rejects, report):
         kept = [text for text in texts if len(text) >= task.plan.min_chars]
-        num_short += len(texts) - len(kept)
+        draft.short += len(texts) - len(kept)
         for text, ids in zip(kept, encoder.encode(kept), strict=True):
-            encoded = text.encode()
-            tokens.append(ids)
-            columns["num_tokens"].append(len(ids) // encoder.dtype.itemsize)
-            columns["num_chars"].append(len(text))
-            columns["num_bytes"].append(len(encoded))
-            columns["text_hashes"].append(hash_text(encoded))
-    rejects.close()
-    rejected_rows = log_path.read_bytes() if rejects.num_rejected else b""
-    counts = {"read": rejects.num_read, "rejected": rejects.num_rejected, "short": num_short}
-    arrays = {name: np.array(columns[name], dtype) for name, dtype in DOCUMENT_ARRAYS.items()}
-    with atomic_file(path) as file:
-        np.savez(
-            file,
-            tokens=np.frombuffer(b"".join(tokens), encoder.dtype),
-            rejected_rows=np.frombuffer(rejected_rows, np.uint8),
-            counts=np.frombuffer(json.dumps(counts).encode(), np.uint8),
-            **arrays,  # type: ignore[arg-type]
-        )
-    log_path.unlink(missing_ok=True)
+            encoded, num_tokens = text.encode(), len(ids) // encoder.dtype.itemsize
+            digest = hash_text(encoded)
+            draft.tokens.append(ids)
+            draft.add(
+                num_tokens=num_tokens,
+                num_chars=len(text),
+                num_bytes=len(encoded),
+                text_hashes=digest,
+                row_lengths=num_tokens,
+                row_hashes=digest,
+            )
 
 
 def _batches(

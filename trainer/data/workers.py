@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -19,6 +19,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from trainer.data.encode import Encoder, EncoderSpec
 from trainer.data.shards import Task, run_task
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.chat_encoder import ChatEncoder, ChatSpec
+
+Spec: TypeAlias = "EncoderSpec | ChatSpec"
 
 POLL_SECONDS = 0.2
 BYTES_PER_PROCESS = 1 << 22  # on disk; a process costs as long to start as these take to prepare
@@ -69,7 +74,7 @@ class Meter:
             )
 
 
-def run_tasks(tasks: Sequence[Task], spec: EncoderSpec, num_processes: int) -> None:
+def run_tasks(tasks: Sequence[Task], spec: Spec, num_processes: int) -> None:
     """Run every task, in this process or in up to ``num_processes`` new ones.
 
     Raises:
@@ -87,8 +92,8 @@ def run_tasks(tasks: Sequence[Task], spec: EncoderSpec, num_processes: int) -> N
             _run_in_pool(tasks, spec, num_processes, meter)
 
 
-def _run_here(tasks: Sequence[Task], spec: EncoderSpec, meter: Meter) -> None:
-    encoder, done, num_bytes, num_documents = Encoder(spec), 0, 0, 0
+def _run_here(tasks: Sequence[Task], spec: Spec, meter: Meter) -> None:
+    encoder, done, num_bytes, num_documents = spec.build(), 0, 0, 0
 
     def report(more_bytes: int, more_documents: int) -> None:
         nonlocal num_bytes, num_documents
@@ -100,9 +105,7 @@ def _run_here(tasks: Sequence[Task], spec: EncoderSpec, meter: Meter) -> None:
     meter.show(len(tasks), num_bytes, num_documents)
 
 
-def _run_in_pool(
-    tasks: Sequence[Task], spec: EncoderSpec, num_processes: int, meter: Meter
-) -> None:
+def _run_in_pool(tasks: Sequence[Task], spec: Spec, num_processes: int, meter: Meter) -> None:
     # Spawned, not forked: this process has threads (progress, torch) that a fork would tear.
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", [0, 0, 0])  # bytes, documents, 1 = stop
@@ -129,17 +132,17 @@ class _Stopped(Exception):
     """Another task has failed."""
 
 
-_encoder: Encoder
+_encoder: Encoder | ChatEncoder
 _counters: Any
 
 
-def _start_worker(spec: EncoderSpec, counters: Any) -> None:
+def _start_worker(spec: Spec, counters: Any) -> None:
     """Set a worker process up: its tokenizer, and its end when the parent ends."""
     global _encoder, _counters
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _encoder, _counters = Encoder(spec), counters
+    _encoder, _counters = spec.build(), counters
 
 
 def _die_with_parent() -> None:
