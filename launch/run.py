@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ from trainer.config import RunConfig, grad_accum_steps, load_config
 from trainer.errors import EXIT_RESUME, ConfigError
 from trainer.stage import Context
 from trainer.stages import SINGLE_PROCESS
+
+LOG = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,6 +57,9 @@ def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
         grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
         if found.launcher == "plain" and run.config.data.sources:
             ensure_prepared(run.config)
+        run, remarks = validation.settle(run)
+        for remark in remarks if found.rank == 0 else ():
+            LOG.warning(remark)
         _run_together(run, found)
     elif found.rank == 0:  # a job of several ranks may hold such a stage: the others leave
         _claim(run.config, found)

@@ -75,7 +75,10 @@ def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
     changes = differences(frozen, plain(config))
     changeable: tuple[str, ...] = (*CHANGEABLE, "run_dir")
     if config.schedule.name == "constant":
-        changeable += ("loop.max_steps",)  # no learning rate of the past depends on it
+        changeable += (
+            "loop.max_steps",
+            "loop.epochs",
+        )  # no learning rate of the past depends on it
     refused = {k: v for k, v in changes.items() if not _matches(k, changeable)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import run_folder
-from launch.validation import Run
+from launch.validation import Run, settle
 from trainer.config import RunConfig, grad_accum_steps
+from trainer.errors import DataError
 
 Row = tuple[str, str]
 
@@ -31,11 +32,16 @@ def show(run: Run, console: Console | None = None) -> None:
 
 def plan(run: Run) -> list[Row]:
     """Return what a run will do as (name, value) rows."""
+    try:
+        run, remarks = settle(run)
+    except DataError as error:
+        remarks = [f"not prepared yet: {error}"]
     config = run.config
     rows = [("run", config.name), ("folder", _folder_state(config)), ("stage", _fields(run))]
     if run.stage.single_process:
         return [*rows, ("processes", "1: this stage uses no ranks")]
-    return rows + _model(config) + _batch(config) + _rhythm(config) + _sources(config)
+    rows += _model(config) + _batch(config) + _rhythm(config) + _sources(config)
+    return rows + list(_first_named("remarks", remarks))
 
 
 def _folder_state(config: RunConfig) -> str:
@@ -79,7 +85,10 @@ def _batch(config: RunConfig) -> list[Row]:
     loop, cluster, max_length = config.loop, config.cluster, config.data.max_length
     world_size = cluster.nodes * cluster.gpus_per_node
     num_micro = grad_accum_steps(config, world_size)
-    tokens = loop.max_steps * loop.global_batch_tokens
+    length = f"{loop.max_steps:,} steps = {loop.max_steps * loop.global_batch_tokens:,} tokens"
+    if loop.epochs is not None:
+        steps = length if loop.max_steps else "as many steps as the prepared data takes"
+        length = f"{loop.epochs:g} epochs: {steps}"
     return [
         ("world size", f"{world_size} = {cluster.nodes} nodes x {cluster.gpus_per_node} ranks"),
         (
@@ -88,15 +97,20 @@ def _batch(config: RunConfig) -> list[Row]:
             f"of {max_length} = {world_size} ranks x {num_micro} micro-batches "
             f"x {loop.micro_batch_size} rows",
         ),
-        ("length", f"{loop.max_steps:,} steps = {tokens:,} tokens"),
+        ("length", length),
     ]
 
 
 def _rhythm(config: RunConfig) -> list[Row]:
     loop, schedule, optim = config.loop, config.schedule, config.optim
     shape = f"{schedule.name}, peak {optim.lr:g}, {schedule.warmup_steps} steps of warm-up"
+    if schedule.warmup_share:
+        shape += f" or {schedule.warmup_share:.0%} of the run if that is more"
     if schedule.name == "wsd":
-        shape += f", decay over the last {round(schedule.decay_share * loop.max_steps)} steps"
+        last = f"{round(schedule.decay_share * loop.max_steps)} steps"
+        shape += (
+            f", decay over the last {last if loop.max_steps else f'{schedule.decay_share:.0%}'}"
+        )
     if schedule.name != "constant":
         shape += f", down to {optim.lr * schedule.min_lr_ratio:g}"
     kept = f"the newest {loop.keep_last} kept"
@@ -113,14 +127,18 @@ def _rhythm(config: RunConfig) -> list[Row]:
 
 
 def _times(every: int, max_steps: int) -> str:
-    return f"every {every} steps ({-(-max_steps // every)} times)" if every else "at the end"
+    if not every:
+        return "at the end"
+    return f"every {every} steps" + (f" ({-(-max_steps // every)} times)" if max_steps else "")
 
 
 def _sources(config: RunConfig) -> list[Row]:
     sources = config.data.sources
     total = sum(source.weight for source in sources.values()) or 1.0
+    by_pass = config.data.weights_are == "epochs"
     lines = (
-        f"{100 * source.weight / total:5.1f} % {name}: {', '.join(source.paths)}"
+        f"{f'{source.weight:g} x' if by_pass else f'{100 * source.weight / total:5.1f} %'} {name}: "
+        f"{', '.join(source.paths)}"
         for name, source in sources.items()
     )
     return list(_first_named("data", lines)) or [("data", "no source")]

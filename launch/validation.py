@@ -38,3 +38,16 @@ def build_run(values: dict[str, Any]) -> Run:
         raise ConfigError("\n".join(problems))
     whole = stage_section(stage, str(config.stage["name"]))  # defaults written out
     return Run(dataclasses.replace(config, stage=whole), stage)
+
+
+def settle(run: Run) -> tuple[Run, list[str]]:
+    """Fill in what only the model and the prepared data can tell: the run as it will be frozen.
+
+    Returns:
+        The run, and remarks for the user.
+
+    Raises:
+        DataError: the data is not prepared.
+    """
+    config, remarks = run.stage.settle(run.config)
+    return dataclasses.replace(run, config=config), remarks

@@ -38,6 +38,7 @@ def show_field(value: Any) -> str:
 def describe_step(metrics: Mapping[str, float]) -> str:
     """Return the figures of a step as one line, those that are present."""
     shows = {
+        "epoch": lambda v: f"epoch {v:.2f}",
         "loss": lambda v: f"loss {v:.4f}",
         "lr": lambda v: f"lr {v:.2e}",
         "grad_norm": lambda v: f"grad {v:.2f}",

@@ -115,7 +115,10 @@ def summarise(run: Run) -> list[tuple[str, str]]:
     of = f" / {run.max_steps}" if run.max_steps else ""
     shows = (
         ("Loss", "loss", show_number),
+        ("Epochs", "epoch", lambda v: f"{v:.2f}"),
         ("Tokens", "tokens", show_count),
+        ("of them trained", "trained_share", show_share),
+        ("Padding", "padding_share", show_share),
         ("Tokens/s", "tokens_per_s", show_count),
         ("Peak memory", "memory_gib", lambda v: f"{v:.2f} GiB"),
         ("MFU", "mfu", show_share),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def continue_text(
-        self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None
+        self, input_ids: Tensor, max_new_tokens: int, stop_ids: Sequence[int]
     ) -> Tensor:
         """Return ``input_ids`` [1, seq] continued greedily by at most ``max_new_tokens``.
 
-        Padding rows of the vocabulary are never chosen.
+        The text ends at the first of ``stop_ids``. Padding rows of the vocabulary are never chosen.
         """
         rows = self.decoder.get_input_embeddings().num_embeddings
         return self.decoder.generate(
@@ -52,7 +53,7 @@ class LanguageModel(nn.Module):
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id or 0,
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=next(iter(stop_ids), 0),
             suppress_tokens=list(range(self.num_tokens, rows)) or None,
         )

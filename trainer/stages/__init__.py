@@ -13,6 +13,7 @@ from trainer.stage import Stage
 
 STAGES: dict[str, str] = {
     "pretrain": "trainer.stages.pretrain:Pretrain",
+    "sft": "trainer.stages.sft:Sft",
     "vocab": "trainer.stages.vocab:Vocab",
 }
 # Stages that use no ranks; known here because importing a stage takes seconds.

@@ -1,0 +1,48 @@
+"""NEFTune: uniform noise on the input embeddings while a model is fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EmbeddingNoise:
+    """Adds noise to what an embedding layer returns in training (arXiv:2310.05914, algorithm 1).
+
+    Each element of a document's embeddings gets a number drawn evenly from -s to s, where
+    ``s = alpha / sqrt(L * d)``, L is the document's own length, also in a packed row, and d the
+    width of the embeddings. The numbers come from the device's generator, which training sets for
+    each step.
+
+    Args:
+        embedding: the model's input embedding; the noise stays on it.
+        alpha: strength; 5 to 15 in the paper.
+    """
+
+    def __init__(self, embedding: nn.Module, alpha: float) -> None:
+        self.alpha = alpha
+        self._scales: Tensor | None = None
+        embedding.register_forward_hook(self._add)
+
+    def set_lengths(self, piece_lengths: Sequence[Sequence[int]], length: int) -> None:
+        """Say where the documents of the next batch are.
+
+        Args:
+            piece_lengths: tokens of each row's documents, in order; padding follows.
+            length: tokens of a row with its padding.
+        """
+        scales = torch.zeros(len(piece_lengths), length)
+        for row, lengths in zip(scales, piece_lengths, strict=True):
+            own = torch.tensor(lengths)
+            row[: int(own.sum())] = own.rsqrt().repeat_interleave(own)
+        self._scales = self.alpha * scales
+
+    def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Return ``output`` [rows, length, d] with noise, in training only."""
+        if not module.training or self._scales is None:
+            return output
+        scales = self._scales.to(output) / output.shape[-1] ** 0.5
+        return output + torch.empty_like(output).uniform_(-1, 1) * scales[..., None]

@@ -1,0 +1,109 @@
+"""Supervised fine-tuning: next-token loss on the answers of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from tokenizer.load import load_tokenizer
+from trainer.config import RunConfig
+from trainer.data.chat import prompt_ids, resolve_template, stop_token_ids
+from trainer.data.collate import Batch
+from trainer.data.conversation import Message
+from trainer.metrics.sinks import Sinks
+from trainer.models.noise import EmbeddingNoise
+from trainer.next_token import NextTokenStage
+from trainer.stage import Context
+
+HELD_OUT_SAMPLES = 2  # questions taken from each source when no prompts are given
+
+
+@dataclass
+class Sft(NextTokenStage):
+    """Hyperparameters of the stage; the rest are the config's groups."""
+
+    name: ClassVar[str] = "sft"
+    content: ClassVar[str] = "conversations"
+
+    sample_prompts: list[str] = field(default_factory=list)  # questions; none = held-out ones
+    sample_tokens: int = 128  # tokens of each sampled answer; 0 = no samples
+    neftune_alpha: float = 0.0  # noise on the embeddings; 0 = none
+
+    def check(self, config: RunConfig) -> list[str]:
+        """Return what is out of range, and what contradicts the model."""
+        problems = [
+            f"stage.{key}={value}: expected 0 or more"
+            for key, value in (
+                ("sample_tokens", self.sample_tokens),
+                ("neftune_alpha", self.neftune_alpha),
+            )
+            if value < 0
+        ]
+        return problems + super().check(config)
+
+    def load_tokenizer(self, path: str) -> Any:
+        """Return the tokenizer with the chat template that the run teaches."""
+        tokenizer = load_tokenizer(path)
+        tokenizer.chat_template = resolve_template(tokenizer, self.config.data.template)
+        return tokenizer
+
+    def setup(self, context: Context, sinks_step: int) -> Sinks:
+        """Set up data and model; put the noise on its embeddings."""
+        sinks = super().setup(context, sinks_step)
+        self._stop_ids = stop_token_ids(self.tokenizer)
+        self._noise = None
+        if self.neftune_alpha:
+            model: Any = self.policy.module
+            embedding = model.decoder.get_input_embeddings()
+            self._noise = EmbeddingNoise(embedding, self.neftune_alpha)
+        return sinks
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return the summed loss of the answers, each token's times its weight."""
+        if self._noise is not None:
+            self._noise.set_lengths(batch.piece_lengths, batch.input_ids.shape[1])
+        return super().loss(batch)
+
+    def write_samples(self, sinks: Sinks, step: int) -> None:
+        """Record the model's answers, greedily decoded."""
+        if not self.sample_tokens:
+            return
+        model: Any = self.policy.module
+        for shown, ids in self._questions():
+            prompt = torch.tensor([ids], device=self.policy.device)
+            out = model.continue_text(prompt, self.sample_tokens, self._stop_ids)
+            answer = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+            sinks.sample(step, f"{shown.rstrip()}\n", answer)
+
+    def _questions(self) -> Iterator[tuple[str, list[int]]]:
+        """Yield what is shown and what the model is given, for each sampled question."""
+        system = self.config.data.system
+        head = [] if system is None else [Message("system", system)]
+        for prompt in self.sample_prompts:
+            yield prompt, prompt_ids(self.tokenizer, [*head, Message("user", prompt)])
+        if not self.sample_prompts:
+            for name in self.store.sources:
+                for ids in self._held_out_questions(name):
+                    yield self.tokenizer.decode(ids, skip_special_tokens=True), ids
+
+    def _held_out_questions(self, name: str) -> list[list[int]]:
+        """Return what stands before the first trained token of some held-out conversations."""
+        source = self.store.sources[name]
+        documents = source.document_ids(held_out=True)
+        documents = documents[np.argsort(source.text_hashes[documents], kind="stable")]
+        questions: list[list[int]] = []
+        for document in documents.tolist():
+            weights = source.document_weights(document)
+            assert weights is not None
+            first = int(np.argmax(weights > 0))
+            ids = source.document(document)[:first].tolist()
+            # With train_on=everything no question stands apart.
+            if first > 1 and ids not in questions:
+                questions.append(ids)
+            if len(questions) == HELD_OUT_SAMPLES:
+                break
+        return questions
