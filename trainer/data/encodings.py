@@ -17,8 +17,12 @@ from trainer.errors import DataError
 
 BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # What text is in when it is neither UTF-8 nor UTF-16. The last decodes nearly anything.
-CANDIDATES = ("cp950", "gb18030", "cp1252")
+CANDIDATES = ("cp950", "big5hkscs", "gb18030", "cp1252")
+BIG5 = ("cp950", "big5hkscs")
+SIGNS = re.compile(rb'[\s",:;]+')  # never the second byte of a character
 MIN_FOREIGN_BYTES = 4  # two characters; fewer are more likely damaged UTF-8
+MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+UNMARKED = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}  # without a mark, as on most machines
 PIECE_BYTES = 1 << 20
 KEEP_BYTES, KEEP_INVALID = "kuroshio-keep-bytes", "kuroshio-keep-invalid"  # error handlers
 
@@ -41,17 +45,16 @@ def check_encoding(name: str) -> str:
 
 
 def guess_encoding(sample: bytes, is_whole: bool) -> str:
-    """Return the encoding of a text by a piece of it that begins at a line's start.
+    """Return the encoding of a text by a sample of it.
 
     Args:
         sample: raw bytes; with non-ASCII characters if the text has any.
-        is_whole: the text ends where the sample ends; else its last line may be cut.
+        is_whole: the text ends where the sample ends; else its last character may be cut.
 
     Returns:
-        The mark's encoding if there is a byte-order mark; UTF-8 unless most lines with other than
-        ASCII characters are no UTF-8; UTF-16 by its zero bytes; else CP950 or GB18030, whichever
-        the characters look more like. A text that fits nothing is UTF-8, whose bad rows are
-        rejected.
+        The mark's encoding if there is a byte-order mark; UTF-16 by its zero bytes; UTF-8 unless
+        most pieces of other than ASCII characters are no UTF-8; else the Chinese encoding that the
+        characters look most like. What fits nothing is UTF-8, and its bad rows are rejected.
     """
     for mark, name in BOMS.items():
         if sample.startswith(mark):
@@ -59,19 +62,28 @@ def guess_encoding(sample: bytes, is_whole: bool) -> str:
     wide = _guess_wide(sample)
     if wide is not None:
         return wide
-    lines = [line for line in sample.split(b"\n") if not line.isascii()]
-    if len(lines) > 1 and not is_whole and not sample.endswith(b"\n"):
-        lines.pop()  # its last character may be cut
-    foreign = [line for line in lines if not _looks_utf8(line)]
-    num_foreign_bytes = sum(byte > 0x7F for line in foreign for byte in line)
-    if 2 * len(foreign) <= len(lines) or num_foreign_bytes < MIN_FOREIGN_BYTES:
+    pieces = [piece for piece in SIGNS.split(sample) if not piece.isascii()]
+    if not is_whole and pieces and sample.endswith(pieces[-1]):
+        pieces[-1] = _without_cut_end(pieces[-1])
+    foreign = [piece for piece in pieces if not _looks_utf8(piece)]
+    num_foreign_bytes = sum(byte > 0x7F for piece in foreign for byte in piece)
+    if 2 * len(foreign) <= len(pieces) or num_foreign_bytes < MIN_FOREIGN_BYTES:
         return "utf-8"
     return _likeliest(foreign)
 
 
-def _looks_utf8(line: bytes) -> bool:
+def _without_cut_end(piece: bytes) -> bytes:
+    """Return a piece without the part of a character at its end."""
+    for cut in range(4):
+        kept = piece[: len(piece) - cut]
+        if any(_decodes(kept, name) for name in ("utf-8", *CANDIDATES[:-1])):
+            return kept
+    return piece
+
+
+def _looks_utf8(piece: bytes) -> bool:
     """Tell UTF-8, perhaps with a few bad bytes, from another encoding's double bytes."""
-    text = line.decode("utf-8", errors="replace")
+    text = piece.decode("utf-8", errors="replace")
     num_bad = text.count("\ufffd")
     return num_bad * 4 <= sum(not character.isascii() for character in text) - num_bad
 
@@ -90,27 +102,23 @@ def _guess_wide(sample: bytes) -> str | None:
     return name if strange * 50 <= len(text) else None
 
 
-def _likeliest(lines: list[bytes]) -> str:
-    """Return the encoding in which the lines make sense; UTF-8 when none is."""
-    counts = {name: sum(_decodes(line, name) for line in lines) for name in CANDIDATES}
-    possible = [name for name in CANDIDATES if 2 * counts[name] > len(lines)]
+def _likeliest(pieces: list[bytes]) -> str:
+    """Return the encoding in which the pieces make sense; UTF-8 when none is."""
+    counts = {name: sum(_decodes(piece, name) for piece in pieces) for name in CANDIDATES}
+    possible = [name for name in CANDIDATES if 2 * counts[name] > len(pieces)]
     if not possible:
         return "utf-8"
-    best, shared = (
-        possible[0],
-        b"\n".join(line for line in lines if all(_decodes(line, name) for name in possible)),
-    )
-    if len(possible) > 1 and shared:
-        match = from_bytes(shared, cp_isolation=possible).best()
-        best = best if match is None else match.encoding
-    if best == "cp950" and sum(_decodes(line, "big5hkscs") for line in lines) > counts["cp950"]:
-        return "big5hkscs"
+    shared = [piece for piece in pieces if all(_decodes(piece, name) for name in possible)]
+    match = from_bytes(b"\n".join(shared), cp_isolation=possible).best() if shared else None
+    best = possible[0] if match is None else match.encoding
+    if best in BIG5:  # one contains the other: the narrower unless it lacks characters
+        return max(BIG5, key=lambda name: counts[name])
     return best
 
 
-def _decodes(line: bytes, encoding: str) -> bool:
+def _decodes(piece: bytes, encoding: str) -> bool:
     try:
-        line.decode(encoding)
+        piece.decode(encoding)
     except UnicodeDecodeError:
         return False
     return True
@@ -146,13 +154,17 @@ def _keep_invalid(error: UnicodeError) -> tuple[str, int]:
     return _keep_bytes(error)
 
 
+def _decoder(encoding: str) -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder(encoding)(errors=KEEP_BYTES)
+
+
 class _Transcoder(io.RawIOBase):
     """A stream of another encoding, read as UTF-8 with lone surrogates where it is broken."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
         codecs.register_error(KEEP_BYTES, _keep_bytes)
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)(errors=KEEP_BYTES)
+        self._encoding, self._decoder = encoding, _decoder(encoding)
         self._ready = b""
         self._ended = self._begun = False
 
@@ -165,8 +177,10 @@ class _Transcoder(io.RawIOBase):
         while not self._ready and not self._ended:
             piece = self._stream.read(PIECE_BYTES)
             self._ended = not piece
+            if not self._begun and self._encoding in UNMARKED and not piece.startswith(MARKS):
+                self._decoder = _decoder(UNMARKED[self._encoding])
             text = self._decoder.decode(piece, self._ended)
-            if text and not self._begun:
+            if not self._begun:
                 self._begun, text = True, text.removeprefix("\ufeff")
             self._ready = text.encode("utf-8", "surrogatepass")
         count = min(len(buffer), len(self._ready))
