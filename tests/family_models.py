@@ -23,7 +23,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FULL_KV = {"num_key_value_heads": 4}
+OLD = dict.fromkeys(("intermediate_size", "num_key_value_heads"))  # families without these keys
 LATENT = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -73,10 +73,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phimoe": ("phimoe", {"num_local_experts": 4}),
-    "falcon": ("falcon", {}),
-    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon-alibi": ("falcon", {"alibi": True, "parallel_attn": False, "bias": True}),
-    "bloom": ("bloom", {}),
+    "falcon": ("falcon", OLD),
+    "falcon-40b": ("falcon", {**OLD, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", {**OLD, "alibi": True, "parallel_attn": False, "bias": True}),
+    "bloom": ("bloom", OLD),
     "glm": ("glm", {"head_dim": 8}),
     "glm4": ("glm4", {"head_dim": 8}),
     "gemma": ("gemma", {"head_dim": 16}),
@@ -101,17 +101,19 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_oss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, **SLIDING},
     ),
-    "gpt2": ("gpt2", {}),
-    "gpt_neox": ("gpt_neox", {}),
-    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "mpt": ("mpt", {"max_seq_len": 128}),
+    "gpt2": ("gpt2", OLD),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None}),
+    "opt": ("opt", {**OLD, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "mpt": ("mpt", {**OLD, "max_seq_len": 128}),
 }
 
 
 def tiny_config(variant: str, **changes: Any) -> PretrainedConfig:
     """Return the tiny configuration of a variant."""
     model_type, sizes = TINY[variant]
-    return AutoConfig.for_model(model_type, **{**SIZES, **sizes, **changes})
+    values = {**SIZES, **sizes, **changes}
+    present = {key: value for key, value in values.items() if value is not None}
+    return AutoConfig.for_model(model_type, **present)
 
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -1,17 +1,36 @@
-"""Floating-point work of a LLaMA-like model and the peak rate of known devices."""
+"""Floating-point work of a decoder and the peak rate of known devices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.plan.architectures import (
+    NAMES,
+    Architecture,
+    find_architecture,
+    num_dense_layers,
+    num_key_value_heads,
+    read_size,
+)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Hyperparameters that decide a decoder's matrix work; names as in transformers' configs."""
+    """Sizes that decide a decoder's parameters and matrix work; names as in transformers' configs.
+
+    Attributes:
+        num_mlp_matrices: 3 with a gate, else 2.
+        num_dense_layers: layers without experts, in a mixture; None: all layers.
+        num_experts, num_experts_per_tok: of the other layers.
+        expert_size, shared_expert_size: widths of one expert, and of those that every token takes.
+        shared_gate: whether the shared expert has a gate of its own.
+        num_small_params: norms, biases and positions; None counts LLaMA's RMS norms.
+        latent_attention: matrix weights of one layer's attention and the features its scores
+            and averages are taken over, where both are not made of heads x head_dim (MLA).
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -21,6 +40,15 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool = False
+    num_mlp_matrices: int = 3
+    num_dense_layers: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    expert_size: int = 0
+    shared_expert_size: int = 0
+    shared_gate: bool = False
+    num_small_params: int | None = None
+    latent_attention: tuple[int, float] | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -29,36 +57,71 @@ class ModelShape:
         Raises:
             ConfigError: when a size is missing, with the names of all that are.
         """
+        kind = find_architecture(config)
+        sizes = {name: read_size(config, name) for name in NAMES}
+        if kind.fourfold and not sizes["intermediate_size"]:
+            sizes["intermediate_size"] = 4 * sizes["hidden_size"]
         needed = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
-        missing = [key for key in needed.split() if not config.get(key)]
+        missing = [key for key in needed.split() if not sizes[key]]
         if missing:
             raise ConfigError(
                 f"model configuration has no {', '.join(missing)}: FLOPs are counted for "
                 "LLaMA-like decoders only; give these sizes"
             )
-        heads = int(config["num_attention_heads"])
-        return cls(
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
+        heads = sizes["num_attention_heads"]
+        shape = cls(
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=sizes["intermediate_size"],
+            num_hidden_layers=sizes["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            vocab_size=int(config["vocab_size"]),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+            num_key_value_heads=num_key_value_heads(config),
+            head_dim=int(config.get("head_dim") or sizes["hidden_size"] // heads),
+            vocab_size=sizes["vocab_size"],
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", kind.tied)),
+            num_mlp_matrices=3 if kind.gated else 2,
+            **(_read_experts(config, sizes) if sizes["num_experts"] else {}),
         )
+        if config.get("kv_lora_rank"):
+            shape = replace(shape, latent_attention=_read_latent(config, shape))
+        return replace(shape, num_small_params=_count_small(config, kind, shape))
 
     @property
-    def attention_width(self) -> int:
+    def attention_width(self) -> float:
         """Features of all query heads together."""
+        return self.latent_attention[1] if self.latent_attention else self._query_width
+
+    @property
+    def _query_width(self) -> int:
         return self.num_attention_heads * self.head_dim
 
     @property
-    def layer_matmul_params(self) -> int:
-        """Weights of one layer's matrices: q, k, v, o and the gated MLP's three."""
-        queries_and_output = 2 * self.hidden_size * self.attention_width
-        keys_and_values = 2 * self.hidden_size * self.num_key_value_heads * self.head_dim
-        return queries_and_output + keys_and_values + 3 * self.hidden_size * self.intermediate_size
+    def attention_params(self) -> int:
+        """Weights of one layer's matrices q, k, v and o."""
+        if self.latent_attention:
+            return self.latent_attention[0]
+        key_width = self.num_key_value_heads * self.head_dim
+        return 2 * self.hidden_size * (self._query_width + key_width)
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers with a plain MLP."""
+        return self.num_hidden_layers if self.num_dense_layers is None else self.num_dense_layers
+
+    def _matmul_params(self, num_experts: int) -> int:
+        width = num_experts * self.expert_size + self.shared_expert_size
+        gate = self.num_experts + self.shared_gate
+        expert_layer = self.hidden_size * (self.num_mlp_matrices * width + gate)
+        dense_layer = self.hidden_size * self.num_mlp_matrices * self.intermediate_size
+        return (
+            self.num_hidden_layers * self.attention_params
+            + self.dense_layers * dense_layer
+            + (self.num_hidden_layers - self.dense_layers) * expert_layer
+        )
+
+    @property
+    def matmul_params(self) -> int:
+        """Weights of all layers' matrices that a token is multiplied with."""
+        return self._matmul_params(self.num_experts_per_tok)
 
     @property
     def head_params(self) -> int:
@@ -67,10 +130,61 @@ class ModelShape:
 
     @property
     def num_params(self) -> int:
-        """All parameters: matrices, input embedding (once if tied) and RMS norms."""
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        """All parameters; an output embedding tied to the input embedding counts once."""
+        small = self.num_small_params
+        if small is None:
+            small = (2 * self.num_hidden_layers + 1) * self.hidden_size
         embeddings = self.head_params * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * self.layer_matmul_params + embeddings + norms
+        return self._matmul_params(self.num_experts) + embeddings + small
+
+
+def _read_experts(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    expert_size = int(config.get("moe_intermediate_size") or sizes["intermediate_size"])
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    return {
+        "num_dense_layers": num_dense_layers(config),
+        "num_experts": sizes["num_experts"],
+        "num_experts_per_tok": int(config.get("num_experts_per_tok") or 1),
+        "expert_size": expert_size,
+        "shared_expert_size": shared or int(config.get("n_shared_experts") or 0) * expert_size,
+        "shared_gate": bool(shared),
+    }
+
+
+def _read_latent(config: Mapping[str, Any], shape: ModelShape) -> tuple[int, float]:
+    """Return weights and width of multi-head latent attention (arXiv:2405.04434, eq. 9 to 19)."""
+    heads, hidden = shape.num_attention_heads, shape.hidden_size
+    plain, rotary = int(config["qk_nope_head_dim"]), int(config["qk_rope_head_dim"])
+    value, rank = int(config["v_head_dim"]), int(config["kv_lora_rank"])
+    query_rank = int(config.get("q_lora_rank") or 0)
+    from_query = query_rank or hidden
+    weights = hidden * query_rank + from_query * heads * (plain + rotary)
+    weights += hidden * (rank + rotary) + rank * heads * (plain + value) + heads * value * hidden
+    return weights, heads * (plain + rotary + value) / 2
+
+
+def _count_small(config: Mapping[str, Any], kind: Architecture, shape: ModelShape) -> int:
+    """Count norms, biases and learned positions."""
+
+    def has(bias: bool | str) -> bool:
+        return bool(config.get(bias)) if isinstance(bias, str) else bias
+
+    hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    key = shape.num_key_value_heads * shape.head_dim
+    layer = kind.norms * kind.norm_vectors * hidden
+    layer += {"": 0, "head": 2 * shape.head_dim, "width": query + key}[kind.qk_norm]
+    layer += has(kind.qkv_bias) * (query + 2 * key) + has(kind.out_bias) * hidden
+    if shape.latent_attention:
+        layer += int(config["kv_lora_rank"]) + int(config.get("q_lora_rank") or 0)
+    if kind.sinks:
+        layer += shape.num_attention_heads
+        layer += shape.num_experts * (2 * shape.expert_size + hidden + 1)
+    mlp = (shape.num_mlp_matrices - 1) * shape.intermediate_size + hidden
+    total = shape.num_hidden_layers * layer + shape.dense_layers * has(kind.mlp_bias) * mlp
+    total += (1 + kind.embedding_norm) * kind.norm_vectors * hidden
+    if kind.position_rows is not None:
+        total += (read_size(config, "max_position_embeddings") + kind.position_rows) * hidden
+    return total + has(kind.head_bias) * shape.vocab_size
 
 
 @dataclass(frozen=True)
@@ -104,7 +218,7 @@ def flops_per_token(shape: ModelShape, seq_length: int, trained_share: float = 1
     per_weight = 4 + 2 * trained_share
     keys = (seq_length + 1) / 2
     return TokenFlops(
-        layers=per_weight * shape.num_hidden_layers * shape.layer_matmul_params,
+        layers=per_weight * shape.matmul_params,
         attention=12 * shape.num_hidden_layers * shape.attention_width * keys,
         head=per_weight * shape.head_params,
     )

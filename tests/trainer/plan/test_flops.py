@@ -55,7 +55,7 @@ def test_parameters_and_work_agree_with_a_real_model() -> None:
 
 def test_parts_by_hand() -> None:
     shape = ModelShape(8, 16, 2, 2, 1, 4, 100)
-    assert shape.layer_matmul_params == 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    assert shape.matmul_params == 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
     flops = flops_per_token(shape, 7)
     assert flops.layers == 6 * 2 * 576
     assert flops.head == 6 * 800
