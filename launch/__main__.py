@@ -17,9 +17,10 @@ VERBS = {
     "prepare": ("launch.prepare", "tokenise the sources of a config into token stores, offline"),
     "export": ("launch.export", "write a run's model as a plain Hugging Face folder"),
     "chat": ("launch.chat", "talk with a model in the terminal"),
+    "generate": ("launch.generate", "answer a file of prompts"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
-WITH_KEYS = ("run", "prepare", "chat")  # verbs whose help reads conf/
+WITH_KEYS = ("run", "prepare", "chat", "generate")  # verbs whose help reads conf/
 USAGE = """usage: kuroshio VERB [GROUP=OPTION | KEY=VALUE | FLAG]...
 
 {verbs}
@@ -53,8 +54,10 @@ def dispatch(argv: Sequence[str]) -> int:
         print(importlib.import_module("launch.help").verb_help(verb, arguments), end="")
         return 0
     if verb == "prepare":
-        config = importlib.import_module("launch.compose").compose_config(arguments)
-        return importlib.import_module("launch.prepare").main(config) or 0
+        overrides = [word for word in arguments if word != "--check"]
+        config = importlib.import_module("launch.compose").compose_config(overrides)
+        check = len(overrides) < len(arguments)
+        return importlib.import_module("launch.prepare").main(config, check) or 0
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0
 
 

@@ -18,9 +18,12 @@ FLAGS = {
   --dry-run      compose, check and print the plan; loads no model, writes nothing
   --config FILE  a whole configuration instead of overrides, such as RUN/config.yaml
 """,
-    "prepare": """usage: kuroshio prepare [GROUP=OPTION | KEY=VALUE]...
+    "prepare": """usage: kuroshio prepare [GROUP=OPTION | KEY=VALUE]... [--check]
 
 Takes the overrides of the run that will read the data; under mpiexec, all ranks share the work.
+
+  --check  only look: how files are read, lengths, what is left out and why; exit code 65 when
+           more rows are bad than data.max_bad_row_share allows
 """,
     "chat": """usage: kuroshio chat MODEL [KEY=VALUE]...
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from launch.rendezvous import mpi_barrier, mpi_place
 from trainer.config import RunConfig
-from trainer.errors import ConfigError, KuroshioError
+from trainer.errors import ConfigError, DataError, KuroshioError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def main(config: RunConfig) -> None:
+def main(config: RunConfig, check: bool = False) -> None:
     """Prepare the sources of ``config`` together with the other MPI ranks, if there are any.
 
     Rank 0 prints a table of the sources.
+
+    Args:
+        config: names the sources and the tokenizer.
+        check: only look at the sources and say what would come of them.
 
     Raises:
         ConfigError: no source, or no tokenizer.
         DataError: unreadable input or too many bad rows.
         StorageError: the store cannot be written.
     """
-    from rich.console import Console
-
     from trainer.data.prepare import prepare
     from trainer.data.summary import summarise
 
@@ -30,6 +36,9 @@ def main(config: RunConfig) -> None:
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("trainer").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     tokenizer = tokenizer_path(config)
+    if check:
+        _check(config, tokenizer, rank)
+        return
     try:
         store = prepare(
             config.data,
@@ -46,10 +55,27 @@ def main(config: RunConfig) -> None:
         print(f"kuroshio: rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
     if rank == 0:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = 120  # a log file has no width
-        console.print(summarise(store, config.data))
+        _print(summarise(store, config.data))
+
+
+def _check(config: RunConfig, tokenizer: str, rank: int) -> None:
+    from trainer.data.check import check
+
+    if rank:
+        return  # one process is enough to look
+    found = check(config.data, tokenizer)
+    _print(found.report)
+    if found.problems:
+        raise DataError("\n".join(found.problems))
+
+
+def _print(report: RenderableType) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width
+    console.print(report, markup=False)
 
 
 def ensure_prepared(config: RunConfig) -> None:

@@ -77,7 +77,7 @@ def prepare(
                 plan.work_folder.mkdir(parents=True, exist_ok=True)
         tasks = deal(missing, num_processes * world_size, data.max_bad_row_share)
         run_tasks(tasks[rank::world_size], spec, num_processes)
-        _refuse_changed_files(plans, plan_sources(data, tokenizer_path))
+        _refuse_changed_files(plans, Path(data.store_dir).expanduser())
         wait()
         for plan in missing[rank::world_size]:
             commit_source(plan, spec.encoder, data.max_bad_row_share)
@@ -88,9 +88,9 @@ def prepare(
     return _open(plans, data)
 
 
-def _refuse_changed_files(before: list[SourcePlan], after: list[SourcePlan]) -> None:
+def _refuse_changed_files(plans: list[SourcePlan], store_dir: Path) -> None:
     """Raise when a file was changed while it was read: its tokens would go by a wrong name."""
-    changed = [old for old, new in zip(before, after, strict=True) if old.key != new.key]
+    changed = [plan for plan in plans if _differs(plan, store_dir)]
     if changed:
         for plan in changed:
             shutil.rmtree(plan.work_folder, ignore_errors=True)
@@ -98,6 +98,11 @@ def _refuse_changed_files(before: list[SourcePlan], after: list[SourcePlan]) -> 
             f"files of {', '.join(plan.name for plan in changed)} changed while they were being "
             "prepared; start the same command again when they are complete"
         )
+
+
+def _differs(plan: SourcePlan, store_dir: Path) -> bool:
+    now = [(path, hash_file(path, store_dir / HASHES)) for path in list_files(plan.source)]
+    return now != [(file.path, file.sha256) for file in plan.files]
 
 
 def describe_encoder(data: DataConfig, tokenizer_path: str | Path) -> Spec:

@@ -2,58 +2,129 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from trainer.config import DataConfig
 from trainer.data.merge import REJECTED
+from trainer.data.remarks import Remarks
 from trainer.data.store import SourceStore, TokenStore
 
-COLUMNS = (
-    *("source", "docs", "chars", "tokens", "tokens/char"),
-    *("held out", "short", "rejected", "rows"),
-)
+Cell = Callable[[SourceStore], str]
 
 
 def summarise(store: TokenStore, data: DataConfig) -> RenderableType:
     """Return a table with one line a source, and remarks on what was left out."""
-    table = Table(box=None, padding=(0, 1, 0, 0), caption=f"token store {data.store_dir}")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
-    remarks = []
-    for name, source in store.sources.items():
-        table.add_row(name, *_cells(source))
-        remarks += _remarks(name, source)
-    return Group(table, *remarks)
-
-
-def _cells(source: SourceStore) -> list[str]:
-    manifest = source.manifest
-    rows, num_special = manifest["rows"], _num_special(source) * manifest["num_documents"]
-    return [
-        f"{manifest['num_documents']:,}",
-        f"{manifest['num_chars']:,}",
-        f"{manifest['num_tokens']:,}",
-        f"{(manifest['num_tokens'] - num_special) / manifest['num_chars']:.3f}",
-        f"{len(source.document_ids(held_out=True)):,}",
-        f"{rows['short']:,}",
-        f"{rows['rejected']:,}",
-        f"{rows['read']:,}",
+    caption = f"token store {data.store_dir}"
+    remarks = [
+        remark for name, source in store.sources.items() for remark in _remarks(name, source)
     ]
+    return Group(source_table(store, caption), *remarks)
 
 
-def _num_special(source: SourceStore) -> int:
-    """Return how many tokens of each document are its start and end."""
-    return sum(source.manifest[key] is not None for key in ("bos_token_id", "eos_token_id"))
+def source_table(store: TokenStore, caption: str | None = None) -> Table:
+    """Return a table with one line a source."""
+    table = Table(box=None, padding=(0, 1, 0, 0), caption=caption)
+    cells = _chat_cells() if _holds_chats(store) else _text_cells()
+    for column in ("source", *cells):
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
+    for name, source in store.sources.items():
+        table.add_row(name, *(cell(source) for cell in cells.values()))
+    return table
 
 
-def _remarks(name: str, source: SourceStore) -> list[str]:
-    remarks = []
+def _holds_chats(store: TokenStore) -> bool:
+    return any(source.weights is not None for source in store.sources.values())
+
+
+def _text_cells() -> dict[str, Cell]:
+    return {
+        "docs": lambda source: f"{source.manifest['num_documents']:,}",
+        "chars": lambda source: f"{source.manifest['num_chars']:,}",
+        "tokens": lambda source: f"{source.manifest['num_tokens']:,}",
+        "tokens/char": _tokens_per_char,
+        "held out": _held_out,
+        "short": _row_count("short"),
+        "rejected": _row_count("rejected"),
+        "twice": lambda source: f"{source.manifest['lengths']['duplicates']:,}",
+        "rows": _row_count("read"),
+    }
+
+
+def _chat_cells() -> dict[str, Cell]:
+    return {
+        "chats": _chat_count("kept"),
+        "turns": _chat_count("turns"),
+        "tokens": lambda source: f"{source.manifest['num_tokens']:,}",
+        "trained": _trained_share,
+        "held out": _held_out,
+        "cut": _chat_count("cut"),
+        "too long": _chat_count("long"),
+        "rejected": _row_count("rejected"),
+        "twice": lambda source: f"{source.manifest['lengths']['duplicates']:,}",
+        "rows": _row_count("read"),
+    }
+
+
+def _row_count(kind: str) -> Cell:
+    return lambda source: f"{source.manifest['rows'][kind]:,}"
+
+
+def _chat_count(kind: str) -> Cell:
+    return lambda source: f"{source.manifest['chats'].get(kind, 0):,}"
+
+
+def _held_out(source: SourceStore) -> str:
+    return f"{len(source.document_ids(held_out=True)):,}"
+
+
+def _tokens_per_char(source: SourceStore) -> str:
+    manifest = source.manifest
+    special = sum(manifest[key] is not None for key in ("bos_token_id", "eos_token_id"))
+    num_tokens = manifest["num_tokens"] - special * manifest["num_documents"]
+    return f"{num_tokens / manifest['num_chars']:.3f}"
+
+
+def _trained_share(source: SourceStore) -> str:
+    return f"{source.manifest['chats']['trained_tokens'] / source.manifest['num_tokens']:.1%}"
+
+
+def _remarks(name: str, source: SourceStore) -> Iterator[str]:
     if not len(source.document_ids(held_out=True)):
-        remarks.append(
-            f"{name}: no document is held out, so it cannot be evaluated; raise "
+        kind = "document" if source.weights is None else "conversation"
+        yield (
+            f"{name}: no {kind} is held out, so it cannot be evaluated; raise "
             f"data.sources.{name}.holdout_share={source.holdout_share:g}"
         )
-    if source.manifest["rows"]["rejected"]:
-        remarks.append(f"{name}: rejected rows and their reasons are in {source.folder / REJECTED}")
-    return remarks
+    yield from (f"{name}: {line}" for line in content_remarks(source.manifest))
+    if left_out(source.manifest):
+        yield f"{name}: rows left out and their reasons are in {source.folder / REJECTED}"
+
+
+def left_out(manifest: Any) -> int:
+    """Return how many rows of a source are in its list of rejected rows."""
+    return int(manifest["rows"]["rejected"] + manifest["chats"].get("long", 0))
+
+
+def content_remarks(manifest: Any) -> Iterator[str]:
+    """Yield what should be known of a source's conversations."""
+    chats, lengths = manifest["chats"], manifest["lengths"]
+    if chats.get("turns_cut"):
+        yield (
+            f"{chats['turns_cut']:,} answers of {chats['cut']:,} conversations were cut off by "
+            f"data.max_length; the longest conversation has {lengths['longest']:,} tokens"
+        )
+    if chats.get("long"):
+        yield (
+            f"{chats['long']:,} conversations were left out: not one turn of them fits into "
+            "data.max_length"
+        )
+    if chats.get("spells_control"):
+        yield (
+            f"{chats['spells_control']:,} conversations spell a special token of the tokenizer, "
+            "which is read as that token, as apply_chat_template does"
+        )
+    yield from Remarks(manifest["remarks"]).lines()
