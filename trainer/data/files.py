@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from trainer.config import SourceConfig, nearest
 from trainer.data.encodings import as_utf8, check_encoding, guess_encoding
+from trainer.data.llama_factory import INFO_FILE, read_entries
 from trainer.errors import DataError
 
 FORMATS = ("txt", "lines", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "xlsx", "xls")
@@ -44,12 +45,17 @@ logger = logging.getLogger(__name__)
 def list_files(source: SourceConfig) -> list[Path]:
     """Return the files of ``source.paths`` in a fixed order, each once.
 
-    A folder stands for every file below it with a known extension, or for its Arrow files in their
+    With ``source.datasets`` they are the files of these entries of a ``dataset_info.json``. Else a
+    folder stands for every file below it with a known extension, or for its Arrow files in their
     own order when ``datasets.save_to_disk`` wrote it; globs are sorted by name.
 
     Raises:
         DataError: when a path matches nothing, or a folder holds no readable file.
     """
+    if source.datasets:
+        paths = [entry.path for entry in read_entries(source)]
+        listed = [_list_folder(path) if path.is_dir() else [path] for path in paths]
+        return list(dict.fromkeys(file for files in listed for file in files))
     found: dict[Path, None] = {}
     for name in source.paths:
         path = Path(name).expanduser()
@@ -87,6 +93,8 @@ def _list_folder(folder: Path) -> list[Path]:
             continue
         if child.is_dir():
             files += _list_folder(child)
+        elif child.name == INFO_FILE:
+            logger.info("%s is there: name its datasets to read them as it says", child)
         elif _extension(child) in EXTENSIONS:
             files.append(child)
         else:

@@ -96,8 +96,8 @@ def _options(path: Path, source: SourceConfig, prompts: bool) -> _Options:
     for name in source.columns:
         if name not in NAMES:
             raise DataError(
-                f"columns names {name!r}, which is not one of ours: {', '.join(NAMES)}"
-                f"{nearest(name, NAMES)}; write OURS: COLUMN OF THE FILE"
+                f"columns={{{name}: ...}} is written OURS: COLUMN OF THE FILE, and ours are "
+                f"{', '.join(NAMES)}{nearest(name, NAMES)}"
             )
     entry = find_entry(path, read_entries(source)) if source.datasets else None
     columns = {**(entry.columns if entry else {}), **source.columns}
@@ -151,11 +151,12 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
         if name not in columns and not (options.prompts and name == "response")
     ]
     if options.schema in LISTS or missing:
-        wanted = "messages" if options.schema in LISTS else " and the ".join(missing)
+        missing = ["messages"] if options.schema in LISTS else missing
+        wanted = " and the ".join(missing)
+        example = ", ".join(f"{name}: COLUMN" for name in missing)
         raise DataError(
             f"{options.path}: no column is known to hold the {wanted}; its columns are "
-            f"{', '.join(headers)}. Set the source's columns, e.g. columns="
-            f"{{prompt: {headers[0]}, response: {headers[-1]}}}"
+            f"{', '.join(headers)}. Name them in the source's columns: {{{example}}}"
         )
     return _schema_of(columns, options), columns
 
@@ -205,8 +206,8 @@ def _check_named(headers: list[str], options: _Options) -> None:
     for ours, name in options.columns.items():
         if name and name not in headers:
             raise DataError(
-                f"{options.path} has no column {name!r}, which columns.{ours} names"
-                f"{nearest(name, headers)}; its columns are {', '.join(headers)}"
+                f"{options.path} has no column {name!r}, which columns.{ours} names; its columns "
+                f"are {', '.join(headers)}{nearest(name, headers)}"
             )
 
 

@@ -53,11 +53,6 @@ class Entry:
     num_samples: int | None = None
 
 
-def is_dataset_info(path: Path) -> bool:
-    """Tell LLaMA-Factory's description of a folder from a data file of its name."""
-    return path.name == INFO_FILE
-
-
 def read_entries(source: SourceConfig) -> list[Entry]:
     """Return the entries that ``source.datasets`` names, in that order.
 
@@ -74,10 +69,10 @@ def read_entries(source: SourceConfig) -> list[Entry]:
     entries = []
     for name in source.datasets:
         if name not in described:
-            local = [key for key, value in described.items() if "file_name" in value]
+            local = [key for key, value in described.items() if "file_name" in str(value)]
             raise DataError(
-                f"{info} has no dataset {name!r}{nearest(name, list(described))}; with files of "
-                f"their own: {', '.join(local) or 'none'}"
+                f"{info} has no dataset {name!r} (those with files of their own are "
+                f"{', '.join(local) or 'none'}){nearest(name, list(described))}"
             )
         entries.append(parse_entry(name, described[name], folder, info))
     return entries
@@ -172,9 +167,11 @@ def find_entry(path: Path, entries: list[Entry]) -> Entry:
     """Return the entry that ``path`` belongs to.
 
     Raises:
-        DataError: several names stand for one file, read in different ways.
+        DataError: none does, or several do and read it in different ways.
     """
     found = [entry for entry in entries if entry.path == path or entry.path in path.parents]
+    if not found:
+        raise DataError(f"{path} is of none of the datasets {', '.join(e.name for e in entries)}")
     for other in found[1:]:
         if _reading(other) != _reading(found[0]):
             raise DataError(
