@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from trainer.data.chat_parts import Part, Positions, Span
 from trainer.data.conversation import Conversation, Message
 from trainer.data.encode import EncoderSpec, token_dtype
-from trainer.data.rendering import Chat, Renderer, Tools, Turn
+from trainer.data.rendering import Rendered, Renderer, Turn
 from trainer.data.rows import RowError
 
 if TYPE_CHECKING:
@@ -182,53 +183,62 @@ class ChatEncoder:
         search = self._renderer.control_token.search
         return any(search(f"{m.content}\n{m.reasoning}") for m in conversation.messages)
 
-    def _parts(self, conversation: Conversation, chosen: set[int]) -> Iterator[_Part]:
+    def _parts(self, conversation: Conversation, chosen: set[int]) -> Iterator[Part]:
         """Yield the whole conversation, then a beginning for each answer it does not hold."""
         whole = list(range(len(conversation.messages)))
-        chat, tools = conversation.as_chat(), conversation.tool_schemas()
-        text = self._renderer.render(chat, tools)
-        lost = {i for i in chosen if self._renderer.find_turn(chat, tools, i, text) is None}
+        rendered = self._render(conversation, whole, chosen)
+        lost = {i for i in chosen if rendered.turns[i] is None}
         if chosen - lost or self._spec.train_on == "everything":
-            yield _Part(whole, chosen - lost, keep_newest=self._spec.train_on == "last")
+            keep_newest = self._spec.train_on == "last"
+            yield Part(whole, chosen - lost, keep_newest=keep_newest, rendered=rendered)
         for i in sorted(lost):
-            yield _Part(whole[: i + 1], {i}, keep_newest=True)
+            yield Part(whole[: i + 1], {i}, keep_newest=True)
 
-    def _fit(self, conversation: Conversation, part: _Part) -> tuple[EncodedChat | None, int]:
-        """Encode a part, less as many whole turns as do not fit.
-
-        Returns:
-            what fits, None where nothing to learn does; and the tokens of all of it.
-        """
-        limit, num_full = self._spec.max_length, 0
-        for kept in _shortened(conversation.messages, part):
-            learnt = part.learnt & set(kept)
-            if not learnt and self._spec.train_on != "everything":
-                break
-            chat = self._encode_messages(conversation, kept, learnt)
-            num_full = max(num_full, len(chat.input_ids))
-            if limit is None or len(chat.input_ids) <= limit:
-                return chat, num_full
-        return None, num_full
-
-    def _encode_messages(
-        self, conversation: Conversation, kept: list[int], learnt: set[int]
-    ) -> EncodedChat:
+    def _render(
+        self, conversation: Conversation, kept: Sequence[int], learnt: set[int]
+    ) -> Rendered:
+        """Render some of the messages and find those to learn among them, by their place there."""
         messages = tuple(conversation.messages[i] for i in kept)
-        chat, tools = Conversation(messages).as_chat(), conversation.tool_schemas()
-        text = self._renderer.render(chat, tools)
-        encoding = self._backend.encode(text, add_special_tokens=False)
         everything = self._spec.train_on == "everything"
         wanted = [
             at
             for at, index in enumerate(kept)
             if index in learnt or (everything and messages[at].role == "assistant")
         ]
-        spans = self._spans(chat, tools, text, encoding, wanted)
+        chat = Conversation(messages).as_chat()
+        return self._renderer.locate(chat, conversation.tool_schemas(), wanted)
+
+    def _fit(self, conversation: Conversation, part: Part) -> tuple[EncodedChat | None, int]:
+        """Encode a part, less as many whole turns as do not fit.
+
+        Returns:
+            what fits, None where nothing to learn does; and the tokens of all of it.
+        """
+        limit, num_full, rendered = self._spec.max_length, 0, part.rendered
+        for kept in part.shortened(conversation.messages):
+            learnt = part.learnt & set(kept)
+            if not learnt and self._spec.train_on != "everything":
+                break
+            rendered = rendered or self._render(conversation, kept, learnt)
+            messages = [conversation.messages[i] for i in kept]
+            chat = self._encode_rendered(rendered, messages, sorted(learnt))
+            num_full = max(num_full, len(chat.input_ids))
+            if limit is None or len(chat.input_ids) <= limit:
+                return chat, num_full
+            rendered = None
+        return None, num_full
+
+    def _encode_rendered(
+        self, rendered: Rendered, messages: Sequence[Message], answers: list[int]
+    ) -> EncodedChat:
+        text, everything = rendered.text, self._spec.train_on == "everything"
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        spans = self._spans(rendered, encoding)
         ids = list(encoding.ids)
         weights = np.full(len(ids), float(everything), np.float32)
         for at, span in spans.items():
             weights[span.first : span.stop] = messages[at].weight
-        closes = spans.get(len(kept) - 1)
+        closes = spans.get(len(messages) - 1)
         eos = self._spec.encoder.eos_token_id
         if closes is not None and not closes.has_end and eos is not None:
             # The template ends no answer: without this nothing would teach a model to stop.
@@ -242,18 +252,15 @@ class ChatEncoder:
             weights=weights,
             num_chars=len(spoken),
             num_bytes=len(spoken.encode()),
-            answers=tuple(sorted(learnt)),
+            answers=tuple(answers),
             text=text,
             learnt=((0, len(text)),) if everything else tuple((s.start, s.end) for s in trained),
         )
 
-    def _spans(
-        self, chat: Chat, tools: Tools, text: str, encoding: Encoding, wanted: list[int]
-    ) -> dict[int, _Span]:
-        """Return which tokens and characters each wanted answer is."""
+    def _spans(self, rendered: Rendered, encoding: Encoding) -> dict[int, Span]:
+        """Return which tokens and characters each answer is, by the place of its message."""
         positions, spans = Positions(encoding), {}
-        for at in wanted:
-            turn = self._renderer.find_turn(chat, tools, at, text)
+        for at, turn in rendered.turns.items():
             if turn is None:
                 # Learning everything, what the text does not hold of an answer is not missed.
                 if self._spec.train_on == "everything":
@@ -262,7 +269,7 @@ class ChatEncoder:
             first, stop = positions.first(turn.start), self._stop(encoding.ids, positions, turn)
             last = stop if stop is not None else positions.stop(turn.end)
             end = turn.end if stop is None else positions.end_of(stop)
-            spans[at] = _Span(first, last, turn.start, turn.content_end, end, stop is not None)
+            spans[at] = Span(first, last, turn.start, turn.content_end, end, stop is not None)
         return spans
 
     def _stop(self, ids: list[int], positions: Positions, turn: Turn) -> int | None:
@@ -281,63 +288,3 @@ class ChatEncoder:
         if opens and ids[end] != self._spec.encoder.bos_token_id:
             return end + 1
         return None
-
-
-class Positions:
-    """Which tokens stand where in a text.
-
-    Several tokens may share the characters of one that was split into bytes, and a token may reach
-    over the start of an answer.
-    """
-
-    def __init__(self, encoding: Encoding) -> None:
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        self._starts, self._ends = offsets[:, 0], offsets[:, 1]
-
-    def first(self, char: int) -> int:
-        """Return the first token that reaches beyond ``char``, one that begins before it too."""
-        return int(np.searchsorted(self._ends, char, side="right"))
-
-    def stop(self, char: int) -> int:
-        """Return the first token that begins at ``char`` or later."""
-        return int(np.searchsorted(self._starts, char, side="left"))
-
-    def end_of(self, stop: int) -> int:
-        """Return the character after the last of the first ``stop`` tokens."""
-        return int(self._ends[stop - 1])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Messages to encode together, by index, and the answers to learn among them.
-
-    Too long, it loses its newest turns, so that what remains is a beginning as the model would see
-    it; where only the last answer is learnt it loses the oldest instead.
-    """
-
-    indices: list[int]
-    learnt: set[int]
-    keep_newest: bool
-
-
-@dataclass(frozen=True)
-class _Span:
-    """An answer: its tokens ``first`` to ``stop``, its characters ``start`` to ``end``."""
-
-    first: int
-    stop: int
-    start: int
-    content_end: int
-    end: int
-    has_end: bool  # whether a control token ends it
-
-
-def _shortened(messages: Sequence[Message], part: _Part) -> Iterator[list[int]]:
-    """Yield the indices of ``part``, then with ever fewer whole turns; a system message stays."""
-    indices = part.indices
-    head = [i for i in indices[:1] if messages[i].role == "system"]
-    rest = indices[len(head) :]
-    opens = [at for at, i in enumerate(rest) if messages[i].role == "user" and at > 0]
-    yield indices
-    for at in opens if part.keep_newest else reversed(opens):
-        yield head + (rest[at:] if part.keep_newest else rest[:at])

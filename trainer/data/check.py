@@ -71,12 +71,15 @@ def check(data: DataConfig, tokenizer_path: str | Path) -> Checked:
 def _check_all(data: DataConfig, tokenizer_path: str | Path, aside: Path) -> Checked:
     whole = dataclasses.replace(data, store_dir=str(aside), max_bad_row_share=1.0)
     describe_encoder(data, tokenizer_path)  # a template that does not fit concerns all sources
-    store, sections, problems = None, [], []
-    for name in data.sources or {"": None}:
-        sources = {name: data.sources[name]} if name else {}
+    if not data.sources:
+        prepare(whole, tokenizer_path)  # says so
+    store: TokenStore | None = None
+    sections: list[RenderableType] = []
+    problems: list[str] = []
+    for name, config in data.sources.items():
         listed = Path(data.store_dir).expanduser() / f"{name}.{REJECTED}"
         try:
-            one = prepare(dataclasses.replace(whole, sources=sources), tokenizer_path)
+            one = prepare(dataclasses.replace(whole, sources={name: config}), tokenizer_path)
         except DataError as error:
             problems.append(f"{name}: {error}")
             _keep_list(aside, listed)
@@ -130,7 +133,7 @@ def _section(source: SourceStore, data: DataConfig, listed: Path) -> RenderableT
     )
     lines.append(Padding(_histogram(lengths), (0, 0, 0, 2), expand=False))
     notes = list(content_remarks(manifest))
-    notes += [f"left out: {number:,} × {reason}" for reason, number in manifest["reasons"]]
+    notes += [f"left out {number:,} times: {reason}" for reason, number in manifest["reasons"]]
     if left_out(manifest):
         notes.append(f"rows left out are listed in {listed}")
     return Group(*lines, *map(_indent, notes))

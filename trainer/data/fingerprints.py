@@ -87,7 +87,7 @@ def plan_source(
             _source_file(path, source, sha256, chat is not None)
             for path, sha256 in zip(paths, hashes, strict=True)
         ]
-    parts = {
+    parts: dict[str, Any] = {
         "preparation": PREPARATION,
         "files": [[file.sha256, file.format] for file in files],
         "tokenizer": tokenizer_key,

@@ -156,6 +156,7 @@ def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dic
     """
     rows, chats, remarks = Counter(read=0, rejected=0, short=0), Counter[str](), Remarks()
     reasons: Counter[str] = Counter()
+    samples: dict[str, str] = {}
     log = RejectLog(None, max_bad_row_share=1.0)
     with path.open("wb") as file:
         for shard in _shards(plan):
@@ -168,7 +169,9 @@ def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dic
                 file.write(lines)
                 for line in lines.splitlines():
                     reject = Reject(**json.loads(line))
-                    reasons[re.sub(r"\d+", "N", reject.reason)] += 1
+                    alike = re.sub(r"\d+", "", reject.reason)  # they differ in numbers
+                    samples.setdefault(alike, reject.reason)
+                    reasons[alike] += 1
                     if name == "rejected_rows":
                         log.reject(reject)
     log.accept(rows["read"] - rows["rejected"])
@@ -183,7 +186,7 @@ def _join_rejects(plan: SourcePlan, max_bad_row_share: float, path: Path) -> dic
         "rows": dict(rows),
         "chats": dict(chats),
         "remarks": remarks.counts,
-        "reasons": reasons.most_common(NUM_REASONS),
+        "reasons": [[samples[alike], n] for alike, n in reasons.most_common(NUM_REASONS)],
     }
 
 

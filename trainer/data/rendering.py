@@ -9,7 +9,7 @@ answer is found by rendering a mark in its place.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,20 @@ class Turn:
     start: int
     content_end: int
     end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a chat, and where its answers stand.
+
+    Attributes:
+        text: as ``apply_chat_template(tokenize=False)`` gives it.
+        turns: of the messages asked for; None where the template has rewritten that turn, such as
+            by leaving out its thoughts, so that the text does not hold what a model is to write.
+    """
+
+    text: str
+    turns: dict[int, Turn | None]
 
 
 class Renderer:
@@ -90,16 +104,19 @@ class Renderer:
         except RowError:
             return ""
 
-    def find_turn(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
-        """Find answer ``index`` of ``chat`` in ``text``, the rendering of the whole chat.
+    def locate(self, chat: Chat, tools: Tools, wanted: Iterable[int]) -> Rendered:
+        """Render ``chat`` and find the answers ``wanted``, by index.
 
-        Returns:
-            None where the text does not hold what the model is to write: the template has
-            rewritten that turn, such as by leaving out its thoughts.
+        Raises:
+            RowError: the template refuses these messages.
         """
-        return self._find_by_prefixes(chat, tools, index, text) or self._find_by_mark(
-            chat, tools, index, text
-        )
+        text = self.render(chat, tools)
+        turns = {
+            i: self._find_by_prefixes(chat, tools, i, text)
+            or self._find_by_mark(chat, tools, i, text)
+            for i in wanted
+        }
+        return Rendered(text, turns)
 
     def _find_by_prefixes(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
         if index == 0:

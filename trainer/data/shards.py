@@ -139,14 +139,14 @@ def _write_shard(
     task: Task, path: Path, rows: Iterator[Row], encoder: Encoder | ChatEncoder, report: Report
 ) -> None:
     draft, rejects = start_draft(path, task.max_bad_row_share)
+    layout = task.file.layout
     if isinstance(encoder, Encoder):
         _add_documents(draft, rows, task, encoder, rejects, report)
-    elif task.file.layout is not None:
+    elif layout is not None:
         # Here, since texts need none of what templates need.
         from trainer.data.chat_shards import add_conversations
 
-        file = task.file
-        add_conversations(draft, rows, file.path, file.layout, encoder, rejects, report)
+        add_conversations(draft, rows, task.file.path, layout, encoder, rejects, report)
     draft.write(path, rejects, encoder.dtype)
 
 
