@@ -58,6 +58,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = build_fast_tokenizer(model_file.read_bytes(), str(model_file))
     if path.is_dir():
         tokenizer.add_special_tokens(_special_tokens(path, tokenizer))
+        tokenizer.chat_template = _chat_template(path)
     return tokenizer
 
 
@@ -241,6 +242,15 @@ def _special_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[st
     keys = ("bos_token", "eos_token", "unk_token", "pad_token")
     contents = {key: _content(named.get(key)) for key in keys}
     return {key: text for key, text in contents.items() if text is not None and text in vocab}
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the chat template of a folder: its own file, else an entry of its configuration."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    named = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    return named if isinstance(named, str) else None
 
 
 def _content(token: Any) -> str | None:

@@ -81,8 +81,8 @@ def _check_all(data: DataConfig, tokenizer_path: str | Path, aside: Path) -> Che
         try:
             one = prepare(dataclasses.replace(whole, sources={name: config}), tokenizer_path)
         except DataError as error:
-            problems.append(f"{name}: {error}")
-            _keep_list(aside, listed)
+            found = _keep_list(aside, listed)
+            problems.append(f"{name}: {error}".replace(str(found), str(listed)))
             continue
         store = one if store is None else _join(store, one)
         source = one.sources[name]
@@ -99,13 +99,14 @@ def _join(store: TokenStore, more: TokenStore) -> TokenStore:
     return dataclasses.replace(store, sources={**store.sources, **more.sources})
 
 
-def _keep_list(folder: Path, listed: Path) -> None:
-    """Copy the list of rows that were left out to where it stays; drop the one of before."""
+def _keep_list(folder: Path, listed: Path) -> Path | None:
+    """Copy the list of rows that were left out to where it stays; return where it was."""
     listed.unlink(missing_ok=True)
     found = [path for path in sorted(folder.glob(f"*{REJECTED}")) if path.stat().st_size]
     if found:
         with naming_the_disk(listed):
             shutil.copyfile(found[0], listed)
+    return found[0] if found else None
 
 
 def _problems(name: str, source: SourceStore, limit: float, listed: Path) -> Iterator[str]:
