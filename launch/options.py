@@ -44,6 +44,7 @@ def read_options(verb: str, overrides: Sequence[str], *classes: type) -> tuple[A
     hints = {key: hint for cls in classes for key, hint in get_type_hints(cls).items()}
     texts = {key for key, hint in hints.items() if hint in (str, str | None)}
     lists = {key for key, hint in hints.items() if hint == list[str]}
+    tables = {key for key, hint in hints.items() if hint == dict[str, str]}
     literal: dict[str, Any] = {}
     parsed = []
     for word in overrides:
@@ -52,6 +53,9 @@ def read_options(verb: str, overrides: Sequence[str], *classes: type) -> tuple[A
             literal[key] = None if value == "null" else _unquote(value)
         elif key in lists and not value.startswith("["):
             literal[key] = [_unquote(value)]
+        elif key.partition(".")[0] in tables and "." in key:
+            table, _, name = key.partition(".")
+            literal.setdefault(table, {})[name] = _unquote(value)
         else:
             parsed.append(word)
     values = compose_verb(verb, parsed) | literal

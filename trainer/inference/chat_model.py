@@ -49,12 +49,18 @@ class ChatModel:
         model: on its device, in its precision.
         tokenizer: the model's own.
         name: to show.
+        identity: of the weights, equal for equal ones.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        name: str,
+        identity: str,
     ) -> None:
-        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.name, self.identity = name, identity
         self.context_length = context_length(model.config)
         self.stop_ids = stop_token_ids(tokenizer)
         rows = model.get_input_embeddings().weight.shape[0]

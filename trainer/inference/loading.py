@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenizer.load import JSON_NAME, check_pair, load_tokenizer, sentencepiece_file
+from trainer.config import ModelConfig
 from trainer.data.chat import resolve_template
 from trainer.engine.precision import DTYPES, native_precision
 from trainer.errors import ConfigError
 from trainer.inference.chat_model import ChatModel
-from trainer.inference.run_model import RUN_CONFIG, load_run
+from trainer.inference.run_model import RUN_CONFIG, find_run_checkpoint, load_run
+from trainer.models.adapter_files import CONFIG_NAME as ADAPTER_NAME
+from trainer.models.adapter_files import AdapterFiles
+from trainer.models.identity import model_identity
+from trainer.models.load import load_model, make_config
 
-ADAPTER_CONFIG = "adapter_config.json"
+RUN_KEYS = {  # as errors of the parts that training uses name them, and what they are called here
+    "data.template": "template",
+    "model.trust_remote_code": "trust_remote_code",
+    "model.revision": "revision",
+    "model.path": "MODEL",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class Loading:
         template: chat template: auto = the tokenizer's own; a built-in name; a .jinja file.
         precision: of the weights; auto = what the device computes natively.
         device: auto = a GPU if there is one; or cpu, cuda, cuda:1 …
+        trust_remote_code: run code that a model folder brings, if it is that of ``revision``.
+        revision: SHA-256 over that code.
     """
 
     base: str | None = None
@@ -38,12 +51,20 @@ class Loading:
     template: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
 
     def problems(self) -> list[str]:
         """Return values that make no sense, alone or together."""
         if self.step is not None and self.step < 0:
             return [f"step={self.step}: expected 0 or more"]
         return []
+
+
+class _Loaded(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    identity: str
 
 
 def load_chat_model(folder: Path, loading: Loading, local_rank: int = 0) -> ChatModel:
@@ -64,12 +85,23 @@ def load_chat_model(folder: Path, loading: Loading, local_rank: int = 0) -> Chat
     if loading.precision == "auto" and device.type == "cpu" and precision == "fp16":
         precision = "fp32"  # a GPU is there, but not asked for
     load = _LOADERS[find_kind(folder)]
-    model, tokenizer = load(folder, loading, DTYPES[precision])
+    with _naming_own_keys():
+        loaded = load(folder, loading, DTYPES[precision])
+        loaded.tokenizer.chat_template = resolve_template(loaded.tokenizer, loading.template)
+    name = folder.resolve().name
+    return ChatModel(loaded.model.to(device), loaded.tokenizer, name, loaded.identity)
+
+
+@contextmanager
+def _naming_own_keys() -> Iterator[None]:
+    """Let errors name the keys given here, not those of a run's config."""
     try:
-        tokenizer.chat_template = resolve_template(tokenizer, loading.template)
-    except ConfigError as error:  # it names the key of a run's config
-        raise ConfigError(str(error).replace("data.template", "template")) from error
-    return ChatModel(model.to(device), tokenizer, folder.resolve().name)
+        yield
+    except ConfigError as error:
+        text = str(error)
+        for theirs, ours in RUN_KEYS.items():
+            text = text.replace(theirs, ours)
+        raise ConfigError(text) from error
 
 
 def find_kind(folder: Path) -> Literal["run", "adapter", "model"]:
@@ -80,7 +112,7 @@ def find_kind(folder: Path) -> Literal["run", "adapter", "model"]:
     """
     if (folder / RUN_CONFIG).is_file():
         return "run"
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_NAME).is_file():
         return "adapter"
     if (folder / "config.json").is_file():
         return "model"
@@ -88,7 +120,7 @@ def find_kind(folder: Path) -> Literal["run", "adapter", "model"]:
     seen = f"it holds {there or 'nothing'}" if folder.is_dir() else "there is no such folder"
     raise ConfigError(
         f"MODEL={folder}: {seen}; give a model folder (with config.json), a run folder (with "
-        f"{RUN_CONFIG}) or a peft adapter (with {ADAPTER_CONFIG})"
+        f"{RUN_CONFIG}) or a peft adapter (with {ADAPTER_NAME})"
     )
 
 
@@ -111,60 +143,68 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
     return device
 
 
-def _load_folder(
-    folder: Path, loading: Loading, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _load_folder(folder: Path, loading: Loading, dtype: torch.dtype) -> _Loaded:
     if loading.base is not None or loading.step is not None:
         raise ConfigError(
             f"base={loading.base} step={loading.step}: {folder} is a whole model folder; base "
             "belongs to adapters and runs, step to runs"
         )
-    return read_model(folder, dtype), load_tokenizer(folder)
+    model = read_model(folder, loading, dtype)
+    return _Loaded(model, load_tokenizer(folder), model_identity(folder))
 
 
-def _load_run(
-    folder: Path, loading: Loading, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    return load_run(folder, loading.base, loading.step, dtype)
+def _load_run(folder: Path, loading: Loading, dtype: torch.dtype) -> _Loaded:
+    if loading.trust_remote_code:
+        raise ConfigError(
+            f"trust_remote_code=true: {folder} is a run, whose config says whether its model's "
+            "code may run"
+        )
+    checkpoint = find_run_checkpoint(folder, loading.step)
+    model, tokenizer = load_run(folder, loading.base, checkpoint, dtype)
+    manifest = (checkpoint.path / "manifest.json").read_bytes()
+    return _Loaded(model, tokenizer, hashlib.sha256(manifest).hexdigest())
 
 
-def _load_adapter(
-    folder: Path, loading: Loading, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _load_adapter(folder: Path, loading: Loading, dtype: torch.dtype) -> _Loaded:
     from peft import PeftModel
 
     if loading.step is not None:
         raise ConfigError(f"step={loading.step}: {folder} is an adapter, and only runs have steps")
-    named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = Path(loading.base or named.get("base_model_name_or_path") or "")
+    adapter = AdapterFiles.open(folder)
+    base = Path(loading.base or adapter.config.get("base_model_name_or_path") or "")
     if not (base / "config.json").is_file():
         raise ConfigError(
             f"{folder} is an adapter of the model {base}, which is not there; give base=FOLDER"
         )
+    adapter.check_base(base)
     has_own = (folder / JSON_NAME).is_file() or sentencepiece_file(folder) is not None
     place = folder if has_own else base
     check_pair(base, place)
-    try:
-        adapted = PeftModel.from_pretrained(read_model(base, dtype), folder)
-    except (RuntimeError, ValueError) as error:  # shapes or modules that the base does not have
-        raise ConfigError(
-            f"the adapter {folder} does not fit base={base}: {error}; give the base that it was "
-            "trained on"
-        ) from error
-    return adapted.merge_and_unload(), load_tokenizer(place)
+    adapted = PeftModel.from_pretrained(read_model(base, loading, dtype), folder)
+    identity = f"{model_identity(base)} {model_identity(folder)}"
+    return _Loaded(adapted.merge_and_unload(), load_tokenizer(place), identity)
 
 
-def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def read_model(folder: Path, loading: Loading, dtype: torch.dtype) -> PreTrainedModel:
     """Load a model folder through transformers, without network.
 
     Raises:
-        ConfigError: transformers cannot load it.
+        ConfigError: transformers cannot load it, or it needs code that was not allowed.
     """
+    named = ModelConfig(
+        folder.name,
+        str(folder),
+        trust_remote_code=loading.trust_remote_code,
+        revision=loading.revision,
+    )
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return load_model(named, make_config(named, 0, {}), dtype, seed=0)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder} cannot be loaded: {error}") from error
 
 
-_Load = Callable[[Path, Loading, torch.dtype], tuple[PreTrainedModel, PreTrainedTokenizerFast]]
-_LOADERS: dict[str, _Load] = {"run": _load_run, "adapter": _load_adapter, "model": _load_folder}
+_LOADERS: dict[str, Callable[[Path, Loading, torch.dtype], _Loaded]] = {
+    "run": _load_run,
+    "adapter": _load_adapter,
+    "model": _load_folder,
+}

@@ -3,64 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 
 from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import RunConfig, load_config
-from trainer.engine.committed import Reader, find_checkpoint
+from trainer.engine.committed import Checkpoint, Reader, find_checkpoint
+from trainer.engine.precision import DTYPES
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.adapter_files import run_adapter
-from trainer.models.export import Weights
-from trainer.models.load import find_aliases, make_config
+from trainer.models.export import Weights, transposed_weights
+from trainer.models.load import find_aliases, make_config, outline
+from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
 
 RUN_CONFIG = "config.yaml"
 
 
 def load_run(
-    folder: Path, base: str | None, step: int | None, dtype: torch.dtype
+    folder: Path, base: str | None, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a run's model, adapters merged in, and its tokenizer.
 
     Args:
         folder: the run folder.
         base: where the run's base model is now, if it has moved.
-        step: of the checkpoint; None = the newest.
+        checkpoint: one of the run's.
         dtype: of the weights.
 
     Raises:
-        CheckpointError: no such checkpoint, or it does not hold the whole model.
-        ConfigError: a run without a model of its own, or its base is gone.
+        CheckpointError: the checkpoint does not hold the whole model.
+        ConfigError: the run's base is gone.
     """
-    config = _read_config(folder)
+    config = read_run_config(folder)
     base_folder = _find_base(folder, config, base)
     architecture = config.model
     if base_folder is not None:
         architecture = dataclasses.replace(architecture, path=str(base_folder))
-    checkpoint = find_checkpoint(folder / "checkpoints", step)
     tokenizer = load_tokenizer(folder / "tokenizer")
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     model_config = make_config(architecture, num_ids(tokenizer), special)
     reader = Reader(checkpoint)
+    shape = outline(model_config)
     weights = Weights(
         reader.shapes,
         reader.read_whole,
         base_folder,
         run_adapter(folder),
         find_aliases(model_config),
+        transposed_weights(shape),
+        _as_trained(config, shape, checkpoint),
     )
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    model.tie_weights()
+    model = _create(model_config, dtype, architecture.trust_remote_code)
     _fill(model, weights, folder)
     return model, tokenizer
 
 
-def _read_config(folder: Path) -> RunConfig:
+def find_run_checkpoint(folder: Path, step: int | None) -> Checkpoint:
+    """Return a run's newest complete checkpoint, or that of ``step``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: a vocabulary run, which has none.
+    """
+    if read_run_config(folder).stage["name"] == "vocab":
+        raise ConfigError(f"{folder} is a vocabulary run; its model is {folder / 'model'}")
+    return find_checkpoint(folder / "checkpoints", step)
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """Return the frozen config of a run.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it is no valid config.
+    """
     path = folder / RUN_CONFIG
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -68,10 +96,7 @@ def _read_config(folder: Path) -> RunConfig:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no configuration; is {folder} a run folder?")
-    config = load_config(values)
-    if config.stage["name"] == "vocab":
-        raise ConfigError(f"{folder} is a vocabulary run; its model is {folder / 'model'}")
-    return config
+    return load_config(values)
 
 
 def _find_base(folder: Path, config: RunConfig, moved_to: str | None) -> Path | None:
@@ -84,6 +109,25 @@ def _find_base(folder: Path, config: RunConfig, moved_to: str | None) -> Path | 
     if not (path / "config.json").is_file():
         raise ConfigError(f"{folder} was trained on {path}, which is not there; give base=FOLDER")
     return path
+
+
+def _as_trained(
+    config: RunConfig, shape: PreTrainedModel, checkpoint: Checkpoint
+) -> Callable[[str, Tensor], Tensor] | None:
+    """Return what makes frozen weights those that a run on a quantised base computed with."""
+    if config.peft.mode != "qlora":
+        return None
+    require_bitsandbytes()
+    dtype = DTYPES[checkpoint.manifest["precision"]]
+    return partial(as_quantized, quantized_weights(shape), config.peft.quantization, dtype)
+
+
+def _create(config: PretrainedConfig, dtype: torch.dtype, own_code: bool) -> PreTrainedModel:
+    """Create the model without drawing initial weights, which would be thrown away."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code)
+    model.tie_weights()
+    return model
 
 
 def _fill(model: PreTrainedModel, weights: Weights, folder: Path) -> None:
