@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +22,7 @@ from trainer.data.rows import iterate_rows
 from trainer.data.tool_calls import parse_json
 from trainer.errors import DataError
 
-SAMPLE_ROWS = 64  # looked at for columns and for what they hold
+SAMPLE_ROWS = 1024  # looked at for columns and for what they hold
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 LISTS: tuple[Schema, ...] = ("sharegpt", "messages")
 PREFERENCES = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"})
@@ -51,6 +53,27 @@ def find_layout(path: Path, source: SourceConfig, prompts: bool = False) -> Layo
         DataError: the file is unreadable, or has no conversations that could be recognised; the
             message names the columns it has.
     """
+    with naming_the_file(path):
+        stat = path.stat()
+    asked = _Asked(path, prompts, stat.st_size, stat.st_mtime_ns, repr(source), source)
+    return _find_layout(asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A file as it was when its layout was asked for."""
+
+    path: Path
+    prompts: bool
+    num_bytes: int
+    mtime_ns: int
+    options: str
+    source: SourceConfig = field(compare=False)
+
+
+@lru_cache(maxsize=4096)  # preparation asks several times, and logs once
+def _find_layout(asked: _Asked) -> Layout:
+    path, source, prompts = asked.path, asked.source, asked.prompts
     options = _options(path, source, prompts)
     encoding = detect_encoding(path, source.encoding)
     format_name = detect_format(path, source.format, source.encoding)
@@ -62,7 +85,7 @@ def find_layout(path: Path, source: SourceConfig, prompts: bool = False) -> Layo
     wanted = [name for name in options.columns.values() if name]
     with naming_the_file(path):
         rows = iterate_rows(path, format_name, None, encoding, source.sheet, wanted)
-        sample = [row for row, _ in zip(rows, range(SAMPLE_ROWS), strict=False)]
+        sample = list(islice(rows, SAMPLE_ROWS))
     records = _records(sample, path)
     nested = find_nesting(records[0])
     if nested:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Schema = Literal["alpaca", "sharegpt", "messages", "prompt_response", "squad"]
@@ -42,7 +43,11 @@ class Layout:
 
     def column(self, name: str) -> str | None:
         """Return the file's name of our column ``name``, None when it has none."""
-        return dict(self.columns).get(name)
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        return dict(self.columns)
 
     @property
     def keeps_messages(self) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
 from trainer.config import nearest
 from trainer.data.columns import guess_columns
-from trainer.data.raw import BadCell, Row
+from trainer.data.raw import Row
 from trainer.data.sheets import Cell, Merge, Sheet, open_xls, open_xlsx
 from trainer.errors import DataError
 
@@ -108,7 +108,7 @@ def _is_filled(cells: Sequence[Cell]) -> bool:
 
 def _rows_below_header(sheet: Sheet, wanted: Sequence[str]) -> Iterator[Row]:
     rows = ((number, cells) for number, cells in sheet.rows() if _is_filled(cells))
-    top = [row for row, _ in zip(rows, range(HEADER_ROWS), strict=False)]
+    top = list(islice(rows, HEADER_ROWS))
     at = _find_header([cells for _, cells in top], wanted)
     header_row, cells = top[at]
     names = _name_columns(cells)
@@ -129,11 +129,11 @@ def _rows_below_header(sheet: Sheet, wanted: Sequence[str]) -> Iterator[Row]:
 
 def _find_header(rows: list[list[Cell]], wanted: Sequence[str]) -> int:
     """Return the place of the header among the first rows."""
-    names = [[c for c in row if isinstance(c, str) and len(c) <= HEADER_CHARS] for row in rows]
     if wanted:
-        for at, cells in enumerate(names):
-            if set(wanted) <= set(cells):
+        for at, row in enumerate(rows):
+            if set(wanted) <= set(_name_columns(row)):
                 return at
+    names = [[c for c in row if isinstance(c, str) and len(c) <= HEADER_CHARS] for row in rows]
     for at, cells in enumerate(names):
         guessed = guess_columns(cells)
         if "messages" in guessed or (len(guessed) > 1 and {"prompt", "response"} & set(guessed)):
@@ -167,6 +167,3 @@ def _fill_merged(
                 cells.extend([None] * (column + 1 - len(cells)))
                 cells[column] = value
         yield number, cells
-
-
-__all__ = ["BadCell", "describe_sheet", "iterate_sheet"]

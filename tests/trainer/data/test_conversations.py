@@ -114,7 +114,7 @@ def test_real_tools_thoughts_and_history() -> None:
     assert sum(len(answer.tool_calls) for answer in answers) == 41 + 9 * 2 + 3 * 3
     assert sum(bool(row.conversation.tools) for row in rows) == 48  # two declare []
     turns = [len(row.conversation.messages) for row in read(folder / "examples_history.json")]
-    assert turns == [6, 8]
+    assert turns == [6, 6]
 
 
 def as_table(rows: list[dict[str, Any]], path: Path, kind: str) -> Path:

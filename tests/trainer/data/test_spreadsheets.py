@@ -76,6 +76,22 @@ def test_rows_are_numbered_as_the_program_shows_them(
     assert read(path) == [(2, *PAIRS[0]), (5, *PAIRS[1])]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_no_row_of_a_long_sheet_is_lost(kind: str, tmp_path: Path) -> None:
+    rows = [[f"問{i}", f"答{i}"] for i in range(100)]
+    found = read(WRITERS[kind](tmp_path / f"a.{kind}", [["標題"], HEADER, *rows]))
+    assert found == [(i + 3, f"問{i}", f"答{i}") for i in range(100)]
+
+
+def test_long_and_repeated_names_find_their_header_again(tmp_path: Path) -> None:
+    long = "請在這一欄填寫使用者可能提出的各種問題，一列一題，不要合併儲存格"
+    path = write_xlsx(
+        tmp_path / "a.xlsx", [["表一", "二"], [long, "答覆", "答覆"], *[["問", "錯", "對"]] * 30]
+    )
+    found = read(path, columns={"prompt": long, "response": "答覆.2"})
+    assert found[0] == (3, "問", "對") and len(found) == 30
+
+
 def test_workbooks_are_told_by_content_not_by_name(tmp_path: Path) -> None:
     path = write_xlsx(tmp_path / "a.xlsx", [HEADER, *PAIRS]).rename(tmp_path / "a.csv")
     assert len(read(path)) == 2
