@@ -87,6 +87,12 @@ def is_right(row: Row, answer: str) -> bool:
     return re.fullmatch(row["check"], answer.strip()) is not None
 
 
+def read_test_rows() -> list[Row]:
+    """Return the rows of the test file."""
+    with (FOLDER / "chat_zh_tw_test.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def generate() -> tuple[str, str]:
     """Return both JSON-lines files: training, test."""
     rows: list[Row] = []

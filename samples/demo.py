@@ -1,8 +1,9 @@
 """The main job on two CPU ranks and the texts of this folder; ``make demo`` runs it.
 
 A tokenizer and a small LLaMA from scratch on English, the vocabulary extended with Chinese,
-continued pretraining with English replay, an export that plain transformers loads, and a table of
-what each step did. DEMO_DIR (default runs/demo) keeps everything; a second call resumes.
+continued pretraining with English replay, fine-tuning on conversations, an export that plain
+transformers loads, and tables of what each step did. DEMO_DIR (default runs/demo) keeps everything;
+a second call resumes.
 """
 
 from __future__ import annotations
@@ -13,21 +14,50 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+if TYPE_CHECKING:
+    from trainer.inference.chat_model import ChatModel
+
+Chat = list[tuple[Any, str]]  # role and content
+
 COMMON = [
-    "data=samples",
     "engine=zero2",
     "cluster.gpus_per_node=2",
     "data.max_length=256",
     "loop.micro_batch_size=8",
+]
+PRETRAINING = [
+    *COMMON,
+    "data=samples",
     "loop.global_batch_tokens=8192",
     "optim.lr=3e-3",
     "schedule.warmup_steps=5",
     "loop.log_every=5",
+]
+TUNING = [
+    *COMMON,
+    "stage=sft",
+    "data=chat_samples",
+    "data.template=chatml",  # the base has none of its own
+    "loop.global_batch_tokens=4096",
+    "loop.epochs=20",
+    "optim.lr=3e-3",
+    "loop.log_every=20",
+    "loop.save_every=100",
+]
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # the chat template's, new pieces of the vocabulary
+# As the messages of a conversation, user first; a text before | is the system prompt.
+SHOWN = [
+    ["「黑」的反義詞是什麼？"],
+    ["七加八等於多少？"],
+    ["把「彩虹」倒過來說。"],
+    ["用三個詞回答：有哪些夏天的水果？"],
+    ["你是小潮，一個親切的小幫手|你叫什麼名字？"],
+    ["花蓮在臺灣的哪裡？", "花蓮在臺灣的東部。", "那高雄呢？"],
 ]
 
 
@@ -38,31 +68,36 @@ def main() -> None:
     out = Path(os.environ.get("DEMO_DIR", "runs/demo"))
     store = f"data.store_dir={out}/store"
     make_base_tokenizer(out / "base_tokenizer")
-    base = [
-        *COMMON,
-        store,
-        "model=tiny",
-        f"tokenizer.path={out}/base_tokenizer",
-        f"run_dir={out}/base",
-    ]
+    base = [*PRETRAINING, store, "model=tiny", f"tokenizer.path={out}/base_tokenizer"]
     # Chinese has no weight here: it is measured, not trained.
     base += ["data.sources.zh_tw.weight=0", "loop.max_steps=80", "stage.sample_prompts=[The]"]
-    kuroshio("run", "stage=pretrain", *base)
+    kuroshio("run", "stage=pretrain", *base, f"run_dir={out}/base")
     export(out / "base", out / "base_model")
     extension = ["data=samples", "model=folder", f"model.path={out}/base_model"]
     extension += ["data.sources.en.weight=0", "stage.vocab_size=1600", f"run_dir={out}/vocab"]
-    kuroshio("run", "stage=vocab", *extension)
-    continued = [*COMMON, store, "model=folder", f"model.path={out}/vocab/model"]
+    kuroshio("run", "stage=vocab", *extension, f"stage.extra_pieces={json.dumps(CHAT_TOKENS)}")
+    continued = [*PRETRAINING, store, "model=folder", f"model.path={out}/vocab/model"]
     continued += ["loop.max_steps=120", "loop.eval_every=40", "loop.save_every=40"]
     continued += ['stage.sample_prompts=["春天","The"]', f"run_dir={out}/continued"]
     kuroshio("run", "stage=pretrain", *continued)
     export(out / "continued", out / "model")
     kuroshio("report", str(out / "continued"))
+    tuned = [*TUNING, store, "model=folder", f"model.path={out}/model", f"run_dir={out}/tuned"]
+    kuroshio("run", *tuned)
+    export(out / "tuned", out / "chat_model")
+    kuroshio("report", str(out / "tuned"))
     show_table(out)
     print(f"\n春天 → {generate(out / 'model', '春天')}")
     print(f"The → {generate(out / 'model', 'The')}")
-    print(f"\nreport  {out / 'continued' / 'report.html'}\naudit   {out / 'vocab' / 'audit.html'}")
-    print(f"model   {out / 'model'}\ntotal   {time.time() - start:.0f} s")
+    show_answers(out)
+    for name, path in (
+        ("reports", f"{out}/continued/report.html {out}/tuned/report.html"),
+        ("audit", out / "vocab/audit.html"),
+        ("model", out / "chat_model"),
+        ("talk", f"kuroshio chat {out}/chat_model"),
+    ):
+        print(f"{name:8} {path}")
+    print(f"total    {time.time() - start:.0f} s")
 
 
 def kuroshio(*words: str) -> None:
@@ -114,6 +149,63 @@ def show_table(out: Path) -> None:
         bits = [f"{f['bits_per_character']:.3f}" for f in (first, extended, last)]
         table.add_row(source, f"{density[0]:.2f} → {density[1]:.2f}", *bits)
     Console(width=110).print("\n", table)
+
+
+def show_answers(out: Path) -> None:
+    """Print what the model answers before and after fine-tuning, and how often it is right."""
+    from chat import read_test_rows
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.inference.loading import Loading, load_chat_model
+
+    before = load_chat_model(out / "model", Loading(template="chatml", precision="fp32"))
+    after = load_chat_model(out / "chat_model", Loading(precision="fp32"))
+    chats = [as_messages(turns) for turns in SHOWN]
+    table = Table(title="Answers before and after fine-tuning", show_lines=True)
+    for column in ("conversation", "before", "after"):
+        table.add_column(column)
+    for chat, *answers in zip(chats, answer(before, chats), answer(after, chats), strict=True):
+        table.add_row("\n".join(f"{role}: {text}" for role, text in chat), *answers)
+    Console(width=110).print("\n", table)
+    rows = read_test_rows()
+    scores = [f"{count_right(model, rows)} of {len(rows)}" for model in (before, after)]
+    print(f"\nheld-out questions answered right, by rule: {' → '.join(scores)}")
+    print(f"\nthe last conversation as the model reads it:\n{as_prompt(after, chats[-1])}")
+
+
+def as_messages(turns: list[str]) -> Chat:
+    """Return a conversation of ``SHOWN`` as pairs of role and content."""
+    system, bar, first = turns[0].rpartition("|")
+    roles = ["user", "assistant"] * len(turns)
+    spoken = list(zip(roles, [first, *turns[1:]], strict=False))
+    return [("system", system), *spoken] if bar else spoken
+
+
+def as_prompt(model: ChatModel, chat: Chat) -> str:
+    """Return a conversation in the model's chat template."""
+    messages = [{"role": role, "content": text} for role, text in chat]
+    text = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return str(text)
+
+
+def answer(model: ChatModel, chats: list[Chat]) -> list[str]:
+    """Return the model's greedy answers, one line each."""
+    from trainer.data.conversation import Message
+    from trainer.inference.decoding import Decoding
+
+    greedy = Decoding(temperature=0, max_new_tokens=40)
+    prompts = [model.prompt_ids([Message(role, text) for role, text in chat]) for chat in chats]
+    answers = model.answer(prompts, greedy, [str(i) for i in range(len(prompts))])
+    return [" ".join(each.text.split()) for each in answers]
+
+
+def count_right(model: ChatModel, rows: list[dict[str, Any]]) -> int:
+    """Return how many of the test rows the model answers as their rules demand."""
+    from chat import is_right
+
+    chats = [[(m["role"], m["content"]) for m in row["messages"][:-1]] for row in rows]
+    return sum(map(is_right, rows, answer(model, chats)))
 
 
 def generate(folder: Path, prompt: str) -> str:
