@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from trainer.data.conversation import Conversation, Message, Role
 from trainer.data.layouts import Layout
 from trainer.data.raw import BadCell, RowError
 from trainer.data.remarks import Remarks
-from trainer.data.tool_calls import parse_json, read_calls, read_tools
+from trainer.data.tool_calls import ResultOrder, parse_json, read_calls, read_tools
 from trainer.data.turn_order import arrange
 
 CALL = "call"  # a speaker of its own in ShareGPT files: the assistant calling functions
@@ -24,6 +25,7 @@ ROLES: dict[str, str] = {
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
+ROLE_KEYS = {"role", "from"}
 MAX_WEIGHT = 1000
 MEDIA_COLUMNS = ("images", "videos", "audios")
 
@@ -50,12 +52,20 @@ def read_conversation(
     messages = arrange(messages, noticed, layout.prompts)
     for calls in (tools, *(message.tool_calls for message in messages if message.tool_calls)):
         as_text(json.dumps(calls, ensure_ascii=False), "tools")
+    read = dict(layout.columns).values()
+    if any(record.get(name) and name not in read for name in _usual(layout)):
+        noticed.note("unread_columns")
     declared = {tool["name"] for tool in tools}
     if any(call["name"] not in declared for m in messages for call in m.tool_calls):
         noticed.note("undeclared_tools")
     if remarks is not None:
         remarks.merge(noticed.counts)
     return Conversation(tuple(messages), tools)
+
+
+def _usual(layout: Layout) -> tuple[str, ...]:
+    """Return columns that most likely belong to a conversation where they occur."""
+    return ("system", "tools") if layout.keeps_messages else ("input", "system", "history")
 
 
 def _value(record: dict[str, Any], layout: Layout, name: str) -> Any:
@@ -119,21 +129,36 @@ def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Me
     if not isinstance(value, list):
         raise RowError(f"column {column!r} holds {type(value).__name__}, not a list of messages")
     messages, weighted = [], False
-    for number, spoken in enumerate(value, 1):
+    results = ResultOrder()
+    for number, spoken in enumerate(_split_pairs(value), 1):
         if not isinstance(spoken, dict):
             raise RowError(f"message {number} is {type(spoken).__name__}, not an object")
         message = _message(spoken, f"message {number}", layout)
+        results.add(spoken, number)
         if message.role != "assistant" and _weight(spoken, f"message {number}", 0.0):
             weighted = weighted or message.role != "system"
         messages.append(message)
     if weighted:
         remarks.note("user_weights")
+    messages = results.sort(messages)
     system = as_text(_value(record, layout, "system"), "the system column")
     if system.strip() and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", system))
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         del messages[0]
     return messages
+
+
+def _split_pairs(listed: list[Any]) -> Iterator[Any]:
+    """Yield messages; an object {"human": ..., "assistant": ...} is two."""
+    for spoken in listed:
+        named = spoken if isinstance(spoken, dict) and not ROLE_KEYS & set(spoken) else {}
+        speakers = {ROLES.get(str(name).lower()): name for name in named}
+        if {"user", "assistant"} <= set(speakers):
+            for role in ("user", "assistant"):
+                yield {"role": role, "content": spoken[speakers[role]]}
+        else:
+            yield spoken
 
 
 def _message(spoken: dict[str, Any], where: str, layout: Layout) -> Message:

@@ -21,8 +21,10 @@ CANDIDATES = ("cp950", "big5hkscs", "gb18030", "cp1252")
 BIG5 = ("cp950", "big5hkscs")
 SIGNS = re.compile(rb'[\s",:;]+')  # never the second byte of a character
 MIN_FOREIGN_BYTES = 4  # two characters; fewer are more likely damaged UTF-8
-MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-UNMARKED = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}  # without a mark, as on most machines
+WIDE_MARKS = {
+    "utf-16": (b"\xff\xfe", b"\xfe\xff"),
+    "utf-32": (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"),
+}
 PIECE_BYTES = 1 << 20
 KEEP_BYTES, KEEP_INVALID = "kuroshio-keep-bytes", "kuroshio-keep-invalid"  # error handlers
 
@@ -177,8 +179,9 @@ class _Transcoder(io.RawIOBase):
         while not self._ready and not self._ended:
             piece = self._stream.read(PIECE_BYTES)
             self._ended = not piece
-            if not self._begun and self._encoding in UNMARKED and not piece.startswith(MARKS):
-                self._decoder = _decoder(UNMARKED[self._encoding])
+            marks = () if self._begun else WIDE_MARKS.get(self._encoding, ())
+            if marks and not piece.startswith(marks):  # the order of most machines
+                self._decoder = _decoder(f"{self._encoding}-le")
             text = self._decoder.decode(piece, self._ended)
             if not self._begun:
                 self._begun, text = True, text.removeprefix("\ufeff")

@@ -13,6 +13,8 @@ SENTENCES = {
     "user_weights": "conversations give user or tool messages a loss weight: not trained all the "
     "same, see data.train_on",
     "undeclared_tools": "conversations call functions that their tools do not declare",
+    "unread_columns": "conversations fill a column named input, system, history or tools that is "
+    "not read: name it in the source's columns",
     "duplicates": "conversations occurred before, word for word",
 }
 

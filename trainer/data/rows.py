@@ -12,6 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,11 +84,15 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[Row]:
             yield Row(number, len(line), line)
 
 
-def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = ",") -> Iterator[Row]:
+def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = "") -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     # Invalid bytes become lone surrogates, which the decoder refuses row by row.
     text = io.TextIOWrapper(stream, encoding="utf-8", errors=keep_invalid(), newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    top: list[str] = []
+    while not top or (top[-1] and not top[-1].strip()):
+        top.append(text.readline())  # up to the header; "" at the end
+    delimiter = delimiter or _delimiter(top[-1])
+    reader = csv.reader(chain(filter(None, top), text), delimiter=delimiter, strict=True)
     header = _csv_header(reader, path)
     while True:
         number = reader.line_num + 1
@@ -106,6 +111,11 @@ def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = ",") -> Iterator[R
             yield Row(number, num_bytes, RowError(reason))
         else:
             yield Row(number, num_bytes, dict(zip(header, fields, strict=True)))
+
+
+def _delimiter(header: str) -> str:
+    """Return what parts the columns: a comma unless the header has only tabs or semicolons."""
+    return next((sign for sign in ",\t;" if sign in header), ",")
 
 
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:

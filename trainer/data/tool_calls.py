@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trainer.data.conversation import Message
 from trainer.data.raw import RowError
 
 
@@ -59,6 +60,40 @@ def read_calls(value: object, where: str, drop_nulls: bool = False) -> tuple[dic
         arguments = without_nulls(arguments) if drop_nulls else arguments
         calls.append({"name": function["name"], "arguments": arguments})
     return tuple(calls)
+
+
+class ResultOrder:
+    """Put the results of parallel calls into the order of the calls, by their ids.
+
+    A conversation's messages carry no ids, since templates match calls and results by order.
+    """
+
+    def __init__(self) -> None:
+        self._order: list[tuple[int, int]] = []  # of each message: its turn, its place in there
+        self._open: list[str] = []  # ids of the last calls
+
+    def add(self, spoken: dict[str, Any], number: int) -> None:
+        """Look at the next message as it was read.
+
+        Raises:
+            RowError: it answers a call that was not made.
+        """
+        answered, calls = spoken.get("tool_call_id"), spoken.get("tool_calls")
+        if isinstance(calls, list):
+            self._open = [str(c["id"]) for c in calls if isinstance(c, dict) and c.get("id")]
+        if answered is None or not self._open:
+            self._order.append((number, 0))
+            return
+        if str(answered) not in self._open:
+            raise RowError(f"message {number} is the result of {str(answered)[:40]!r}, not called")
+        last = self._order[-1]
+        turn = last[0] if last[1] else number
+        self._order.append((turn, 1 + self._open.index(str(answered))))
+
+    def sort(self, messages: list[Message]) -> list[Message]:
+        """Return the messages that were looked at, results in the order of their calls."""
+        order = sorted(range(len(messages)), key=lambda at: self._order[at])
+        return [messages[at] for at in order]
 
 
 def parse_json(value: object, what: str) -> Any:

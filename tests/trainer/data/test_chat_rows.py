@@ -165,6 +165,29 @@ def test_nulls_that_a_table_added_are_left_out() -> None:
     assert read_conversation(record, MESSAGES).messages[1].tool_calls == (call,)
 
 
+def parallel(*results: str) -> dict[str, Any]:
+    calls = [{"id": i, "function": {"name": "weather", "arguments": {"city": i}}} for i in "ab"]
+    record = messages(("user", "問"), ("assistant", None), *(("tool", r) for r in results))
+    record["messages"][1]["tool_calls"] = calls
+    for message in record["messages"][2:]:
+        message["tool_call_id"] = message["content"]
+    record["messages"].append({"role": "assistant", "content": "答"})
+    return record
+
+
+def test_results_come_in_the_order_of_their_calls() -> None:
+    read = read_conversation(parallel("b", "a"), MESSAGES)
+    assert [m.content for m in read.messages] == ["問", "", "a", "b", "答"]
+    with pytest.raises(RowError, match="message 4 is the result of 'c', not called"):
+        read_conversation(parallel("a", "c"), MESSAGES)
+
+
+def test_objects_of_question_and_answer_are_two_messages() -> None:
+    pairs = [{"human": "一", "assistant": "1"}, {"assistant": "2", "human": "二"}]
+    read = read_conversation({"conversations": pairs}, SHAREGPT)
+    assert [m.content for m in read.messages] == ["一", "1", "二", "2"]
+
+
 def test_roles_and_keys_of_the_files_own() -> None:
     layout = Layout(
         "sharegpt",
@@ -332,6 +355,10 @@ REMARKED: dict[str, tuple[Layout, dict[str, Any]]] = {
                 {"role": "assistant", "content": "b", "loss_weight": 1},
             ]
         },
+    ),
+    "unread_columns": (
+        Layout("alpaca", (("prompt", "instruction"), ("response", "output"))),
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
     ),
     "undeclared_tools": (
         SHAREGPT,

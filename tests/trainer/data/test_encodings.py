@@ -165,6 +165,19 @@ def test_forced_encoding_wins_and_an_unknown_one_is_refused(tmp_path: Path) -> N
             questions(path, encoding=name)
 
 
+@pytest.mark.parametrize("sign", ["\t", ";"])
+def test_csv_with_other_signs_between_columns(sign: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"  # as spreadsheets save "Unicode text"
+    rows = [["", ""], ["問題", "答案"], *([text, "有,逗號"] for text in TEXTS)]
+    path.write_bytes("\r\n".join(sign.join(row) for row in rows).encode("utf-16"))
+    log = RejectLog(None, max_bad_row_share=0.0)
+    source = SourceConfig([str(path)])
+    examples = list(read_conversations(source, "s", log))
+    assert [e.conversation.messages[0].content for e in examples] == TEXTS
+    assert {e.conversation.messages[1].content for e in examples} == {"有,逗號"}
+    assert [e.row for e in examples] == [3, 4]
+
+
 def test_chosen_encoding_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(as_csv(TEXTS).encode("cp950"))
