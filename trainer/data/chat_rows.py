@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.data.columns import guess_columns
 from trainer.data.conversation import Conversation, Message, Role
 from trainer.data.layouts import Layout
 from trainer.data.raw import BadCell, RowError
@@ -150,13 +151,14 @@ def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Me
 
 
 def _split_pairs(listed: list[Any]) -> Iterator[Any]:
-    """Yield messages; an object {"human": ..., "assistant": ...} is two."""
+    """Yield messages; an object of question and answer, by any of their names, is two."""
     for spoken in listed:
-        named = spoken if isinstance(spoken, dict) and not ROLE_KEYS & set(spoken) else {}
-        speakers = {ROLES.get(str(name).lower()): name for name in named}
-        if {"user", "assistant"} <= set(speakers):
-            for role in ("user", "assistant"):
-                yield {"role": role, "content": spoken[speakers[role]]}
+        pair: dict[str, str] = {}
+        if isinstance(spoken, dict) and not ROLE_KEYS & set(spoken):
+            pair = guess_columns(map(str, spoken))
+        if {"prompt", "response"} <= set(pair):
+            yield {"role": "user", "content": spoken[pair["prompt"]]}
+            yield {"role": "assistant", "content": spoken[pair["response"]]}
         else:
             yield spoken
 

@@ -183,7 +183,7 @@ def test_results_come_in_the_order_of_their_calls() -> None:
 
 
 def test_objects_of_question_and_answer_are_two_messages() -> None:
-    pairs = [{"human": "一", "assistant": "1"}, {"assistant": "2", "human": "二"}]
+    pairs = [{"human": "一", "assistant": "1"}, {"答": "2", "問": "二"}]
     read = read_conversation({"conversations": pairs}, SHAREGPT)
     assert [m.content for m in read.messages] == ["一", "1", "二", "2"]
 

@@ -157,6 +157,9 @@ def test_nested_files(tmp_path: Path) -> None:
     assert messages_of(write_json(tmp_path / "c.json", paragraphs[0])) == squad
     renamed = {"prompt": "context", "response": "question"}
     assert messages_of(path, columns=renamed)[0] == [("user", "文"), ("assistant", "甲")]
+    rows = [{"問題": "問", "答案": "答"}] * 2
+    path.write_text(json.dumps({"total": 2, "rows": rows}))
+    assert messages_of(path) == [[("user", "問"), ("assistant", "答")]] * 2
     instances = [{"input": "一", "output": "1"}, {"input": "二", "output": "2"}]
     seed = {"instruction": "翻", "instances": instances}
     expected = [[("user", f"翻\n{i['input']}"), ("assistant", i["output"])] for i in instances]
