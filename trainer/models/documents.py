@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 GROUP_RATIO = 1.25  # longest to shortest document of a group, so at most a fifth is filler
+# A group's width is a multiple of this. The CPU's bf16 matmul compiles and keeps code for every new
+# width: 400 random ones cost 500 MB and a third more time than their multiples of 16.
+GROUP_UNIT = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Documents:
 
     @cached_property
     def groups(self) -> tuple[Tensor, ...]:
-        """Flat positions ``[documents of the group, longest]`` of documents of like lengths.
+        """Flat positions ``[documents of the group, width]`` of documents of like lengths.
 
         What follows a shorter document's end is filler, which causal attention never looks at.
         """
@@ -62,9 +65,12 @@ class Documents:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        steps = torch.arange(max(self.lengths))
+        widths = [-(-self.lengths[group[-1]] // GROUP_UNIT) * GROUP_UNIT for group in groups]
         starts, last = self._starts, sum(self.lengths) - 1
-        indices = (starts[g, None] + steps[: self.lengths[g[-1]]] for g in groups)
+        indices = (
+            starts[group, None] + torch.arange(width)
+            for group, width in zip(groups, widths, strict=True)
+        )
         return tuple(index.clamp(max=last).to(self.device) for index in indices)
 
     @cached_property
