@@ -18,9 +18,10 @@ VERBS = {
     "export": ("launch.export", "write a run's model as a plain Hugging Face folder"),
     "chat": ("launch.chat", "talk with a model in the terminal"),
     "generate": ("launch.generate", "answer a file of prompts"),
+    "serve": ("launch.serve", "answer over HTTP, as OpenAI's API does"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
-WITH_KEYS = ("run", "prepare", "chat", "generate")  # verbs whose help reads conf/
+WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/
 USAGE = """usage: kuroshio VERB [GROUP=OPTION | KEY=VALUE | FLAG]...
 
 {verbs}

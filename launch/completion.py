@@ -13,7 +13,7 @@ from launch.help import read_keys, verb_files
 from trainer.errors import ConfigError
 
 COMPOSING = ("run", "prepare")  # verbs whose words are overrides
-TAKING_A_MODEL = ("chat", "generate")  # verbs with keys of their own
+TAKING_A_MODEL = ("chat", "generate", "serve")  # verbs with keys of their own
 
 
 def main(arguments: Sequence[str], verbs: Sequence[str]) -> int:

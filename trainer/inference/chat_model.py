@@ -90,7 +90,6 @@ class ChatModel:
             return decoding.max_new_tokens
         return min(decoding.max_new_tokens, self.context_length - num_prompt_tokens)
 
-    @torch.inference_mode()
     def answer(
         self,
         prompts: Sequence[Sequence[int]],
@@ -105,33 +104,56 @@ class ChatModel:
             decoding: the parameters.
             names: one per prompt; with the seed they decide its random numbers.
             on_text: called with each piece of text as it comes; for a single prompt. With beams,
-                once at the end.
+                once the answer is whole.
 
         Returns:
             The answers, in the order of the prompts.
         """
-        rooms = [self.room_after(len(prompt), decoding) for prompt in prompts]
-        streams = [
-            AnswerStream(self.tokenizer, self.stop_ids, decoding.stop, room, on_text)
-            for room in rooms
-        ]
+        streams = [self.stream(prompt, decoding, on_text) for prompt in prompts]
+        self.run(prompts, streams, decoding, names)
+        return [Answer(s.text.rstrip(), s.finish_reason, len(s.token_ids)) for s in streams]
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        decoding: Decoding,
+        on_text: Callable[[str], None] = lambda text: None,
+        show_special: bool = False,
+    ) -> AnswerStream:
+        """Return what will follow the answer to ``prompt``."""
+        room = self.room_after(len(prompt), decoding)
+        stop_ids, stop = self.stop_ids, decoding.stop
+        return AnswerStream(self.tokenizer, stop_ids, stop, room, on_text, show_special)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        streams: Sequence[AnswerStream],
+        decoding: Decoding,
+        names: Sequence[str],
+    ) -> None:
+        """Generate until every stream has ended; see ``answer``."""
         input_ids, attention_mask = pad_left(prompts)
         length = input_ids.shape[1]
         greedy = decoding.num_beams == 1
         processors = sampling_processors(decoding, names)
         if decoding.repetition_penalty != 1:
             processors.insert(0, RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
+        longest = max(self.room_after(len(prompt), decoding) for prompt in prompts)
         sequences = self.model.generate(
             input_ids.to(self.device),
             attention_mask=attention_mask.to(self.device),
-            generation_config=self._generation_config(decoding, max(rooms)),
+            generation_config=self._generation_config(decoding, longest),
             logits_processor=processors,
             stopping_criteria=[Follow(streams)] if greedy else [EndOfBeams(self, decoding, length)],
         )
         if not greedy:
             for stream, token_ids in zip(streams, sequences[:, length:].tolist(), strict=True):
                 any(stream.feed(token_id) for token_id in token_ids)
-        return [Answer(s.text.rstrip(), s.finish_reason or "length", s.num_tokens) for s in streams]
+        for stream in streams:
+            if not stream.finish_reason:  # the best beam may be shorter than the longest answer
+                stream.end("length")
 
     def _generation_config(self, decoding: Decoding, max_new_tokens: int) -> GenerationConfig:
         """Return a greedy or beam search; sampling is the processors' part."""

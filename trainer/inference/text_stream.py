@@ -13,10 +13,14 @@ class Detokenizer:
 
     A character may be spread over several byte tokens: nothing is returned until it is whole. Bytes
     that never become a character have no text.
+
+    Args:
+        tokenizer: decodes.
+        show_special: whether control tokens have a text, for parsers that look for them.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, show_special: bool = False) -> None:
+        self._tokenizer, self._show_special = tokenizer, show_special
         self._token_ids: list[int] = []
         self._start = 0  # of the tokens that are decoded again, because spaces depend on them
         self._read = 0  # of the tokens whose text was returned
@@ -32,7 +36,7 @@ class Detokenizer:
         return new[len(old) :].replace(REPLACEMENT, "")
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not self._show_special))
 
 
 class AnswerStream:
@@ -47,6 +51,7 @@ class AnswerStream:
         stop: texts that end the answer; neither they nor a part of them is passed on.
         max_new_tokens: tokens after which the answer is cut.
         on_text: called with every new piece of text.
+        show_special: whether control tokens have a text.
     """
 
     def __init__(
@@ -56,20 +61,21 @@ class AnswerStream:
         stop: Sequence[str],
         max_new_tokens: int,
         on_text: Callable[[str], None] = lambda text: None,
+        show_special: bool = False,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, show_special)
         self._stop_ids, self._stop = stop_ids, stop
         self._max_new_tokens, self._on_text = max_new_tokens, on_text
         self._held = ""  # may be the start of a stop text
         self.text = ""
-        self.num_tokens = 0
+        self.token_ids: list[int] = []  # all that were computed, an end token among them
         self.finish_reason = ""  # stop | length, OpenAI's words; empty while the answer goes on
 
     def feed(self, token_id: int) -> bool:
         """Take one token; return whether the answer has ended. What follows its end is ignored."""
         if self.finish_reason:
             return True
-        self.num_tokens += 1
+        self.token_ids.append(token_id)
         if token_id in self._stop_ids:
             self.end("stop")
             return True
@@ -80,7 +86,7 @@ class AnswerStream:
             self.end("stop")
             return True
         self._pass_on(len(self._held) - self._num_suspicious())
-        if self.num_tokens == self._max_new_tokens:
+        if len(self.token_ids) == self._max_new_tokens:
             self.end("length")
         return bool(self.finish_reason)
 
