@@ -74,6 +74,11 @@ def _value(record: dict[str, Any], layout: Layout, name: str) -> Any:
     return None if column is None else record.get(column)
 
 
+def _refuse_missing(column: str, record: dict[str, Any]) -> None:
+    if column not in record:
+        raise RowError(f"no column {column!r}; the row has {', '.join(map(str, record))[:200]}")
+
+
 def _asked(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Message]:
     """Read a question, what belongs to it, and its answer."""
 
@@ -87,6 +92,7 @@ def _asked(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Mes
     messages.append(Message("user", prompt))
     response = layout.column("response")
     if response is not None and (response in record or not layout.prompts):
+        _refuse_missing(response, record)
         value = _answer(record.get(response), several=layout.schema == "squad")
         answer = as_text(value, f"column {response!r}")
         if not answer.strip() and not layout.prompts:
@@ -127,6 +133,8 @@ def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Me
     """Read a list of messages, and a system message in a column of its own."""
     column = layout.column("messages")
     value = parse_json(_value(record, layout, "messages"), f"column {column!r}")
+    if value is None and column is not None:
+        _refuse_missing(column, record)
     if not isinstance(value, list):
         raise RowError(f"column {column!r} holds {type(value).__name__}, not a list of messages")
     messages, weighted = [], False

@@ -61,6 +61,16 @@ def guess_columns(headers: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def name_columns(cells: Iterable[object]) -> list[str]:
+    """Return a name for each cell of a header, no two the same: "x", "x.2"; "" for no text."""
+    names: list[str] = []
+    for cell in cells:
+        name = cell.strip() if isinstance(cell, str) else ""
+        copies = sum(other == name or other.startswith(f"{name}.") for other in names)
+        names.append(f"{name}.{copies + 1}" if name and name in names else name)
+    return names
+
+
 def _containing(words: tuple[str, ...], left: dict[str, str]) -> str | None:
     """Return the only header with one of the words of two or more Han characters in it."""
     longer = [word for word in words if len(word) > 1 and not word.isascii()]

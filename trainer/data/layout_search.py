@@ -23,7 +23,9 @@ from trainer.data.tool_calls import parse_json
 from trainer.errors import DataError
 
 SAMPLE_ROWS = 1024  # looked at for columns and for what they hold
+MAX_NAMES, MAX_NAME_CHARS = 30, 60  # shown of a file's columns
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
+TABLES = ("csv", "tsv", "xlsx", "xls")
 LISTS: tuple[Schema, ...] = ("sharegpt", "messages")
 PREFERENCES = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"})
 
@@ -39,6 +41,7 @@ class _Options:
     columns: Mapping[str, str]
     entry: Entry | None
     prompts: bool
+    is_table: bool  # under a header line
 
 
 def find_layout(path: Path, source: SourceConfig, prompts: bool = False) -> Layout:
@@ -74,7 +77,6 @@ class _Asked:
 @lru_cache(maxsize=4096)  # preparation asks several times, and logs once
 def _find_layout(asked: _Asked) -> Layout:
     path, source, prompts = asked.path, asked.source, asked.prompts
-    options = _options(path, source, prompts)
     encoding = detect_encoding(path, source.encoding)
     format_name = detect_format(path, source.format, source.encoding)
     if format_name in ("txt", "lines"):
@@ -82,6 +84,7 @@ def _find_layout(asked: _Asked) -> Layout:
             f"{path} is plain text, which holds no conversations; remove it from the source, or "
             "set the source's format if its name is wrong"
         )
+    options = _options(path, source, prompts, format_name in TABLES)
     wanted = [name for name in options.columns.values() if name]
     with naming_the_file(path):
         rows = iterate_rows(path, format_name, None, encoding, source.sheet, wanted)
@@ -110,7 +113,7 @@ def _find_layout(asked: _Asked) -> Layout:
     return layout
 
 
-def _options(path: Path, source: SourceConfig, prompts: bool) -> _Options:
+def _options(path: Path, source: SourceConfig, prompts: bool, is_table: bool) -> _Options:
     if source.schema not in ("auto", *SCHEMAS):
         raise DataError(
             f"schema={source.schema!r} is not one of auto, {', '.join(SCHEMAS)}"
@@ -124,7 +127,7 @@ def _options(path: Path, source: SourceConfig, prompts: bool) -> _Options:
             )
     entry = find_entry(path, read_entries(source)) if source.datasets else None
     columns = {**(entry.columns if entry else {}), **source.columns}
-    return _Options(path, source.schema, columns, entry, prompts)
+    return _Options(path, source.schema, columns, entry, prompts, is_table)
 
 
 def _records(rows: Sequence[Row], path: Path) -> list[dict[str, Any]]:
@@ -177,11 +180,18 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
         missing = ["messages"] if options.schema in LISTS else missing
         wanted = " and the ".join(missing)
         example = ", ".join(f"{name}: COLUMN" for name in missing)
+        hint = "; a table needs a header line" if options.is_table else ""
         raise DataError(
             f"{options.path}: no column is known to hold the {wanted}; its columns are "
-            f"{', '.join(headers)}. Name them in the source's columns: {{{example}}}"
+            f"{_shorten(headers)}. Name them in the source's columns: {{{example}}}{hint}"
         )
     return _schema_of(columns, options), columns
+
+
+def _shorten(headers: list[str]) -> str:
+    """Return the names in a list, not all of an object that is keyed by number."""
+    more = f" and {len(headers) - MAX_NAMES} more" if len(headers) > MAX_NAMES else ""
+    return ", ".join(header[:MAX_NAME_CHARS] for header in headers[:MAX_NAMES]) + more
 
 
 def _schema_of(columns: Mapping[str, str], options: _Options) -> Schema:
@@ -230,7 +240,7 @@ def _check_named(headers: list[str], options: _Options) -> None:
         if name and name not in headers:
             raise DataError(
                 f"{options.path} has no column {name!r}, which columns.{ours} names; its columns "
-                f"are {', '.join(headers)}{nearest(name, headers)}"
+                f"are {_shorten(headers)}{nearest(name, headers)}"
             )
 
 

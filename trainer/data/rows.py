@@ -19,6 +19,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.data.columns import name_columns
 from trainer.data.encodings import keep_invalid
 from trainer.data.files import BINARY_FORMATS, open_bytes, open_seekable
 from trainer.data.raw import Row, RowError
@@ -110,7 +111,8 @@ def _csv_rows(stream: IO[bytes], path: Path, delimiter: str = "") -> Iterator[Ro
             reason = f"malformed CSV: {len(fields)} fields under a header of {len(header)}"
             yield Row(number, num_bytes, RowError(reason))
         else:
-            yield Row(number, num_bytes, dict(zip(header, fields, strict=True)))
+            named = zip(header, fields, strict=True)
+            yield Row(number, num_bytes, {name: field for name, field in named if name})
 
 
 def _delimiter(header: str) -> str:
@@ -121,7 +123,7 @@ def _delimiter(header: str) -> str:
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
     """Return the first line with anything in it."""
     try:
-        return next((fields for fields in reader if any(fields)), [])
+        return name_columns(next((fields for fields in reader if any(fields)), []))
     except csv.Error as error:
         raise DataError(
             f"{path} has a malformed header: {error}; it may be of another format or encoding"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Sheet:
 
 def open_xlsx(file: IO[bytes]) -> list[Sheet]:
     """Return the sheets of an .xlsx workbook; raises whatever openpyxl does for a damaged one."""
+    # It warns of parts that it leaves out when saving, such as rules for input.
+    warnings.filterwarnings("ignore", category=UserWarning, module="openpyxl")
     values = openpyxl.load_workbook(file, read_only=True, data_only=True)
     with zipfile.ZipFile(file) as archive:
         return [_xlsx_sheet(file, archive, sheet) for sheet in values.worksheets]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer.config import nearest
-from trainer.data.columns import guess_columns
+from trainer.data.columns import guess_columns, name_columns
 from trainer.data.raw import Row
 from trainer.data.sheets import Cell, Merge, Sheet, open_xls, open_xlsx
 from trainer.errors import DataError
@@ -62,7 +62,7 @@ def naming_the_workbook(file: IO[bytes], path: Path) -> Iterator[None]:
     """Turn whatever a reader of workbooks raises into a DataError that says what to do."""
     try:
         yield
-    except (DataError, GeneratorExit):
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # damage shows as errors of zip, XML, struct, types and keys alike
         file.seek(0)
@@ -111,7 +111,7 @@ def _rows_below_header(sheet: Sheet, wanted: Sequence[str]) -> Iterator[Row]:
     top = list(islice(rows, HEADER_ROWS))
     at = _find_header([cells for _, cells in top], wanted)
     header_row, cells = top[at]
-    names = _name_columns(cells)
+    names = name_columns(cells)
     # A header of two lines: cells merged over both, and what stands beside them below.
     last_header_row = max(
         [m.last_row for m in sheet.merges if m.first_row <= header_row <= m.last_row],
@@ -131,7 +131,7 @@ def _find_header(rows: list[list[Cell]], wanted: Sequence[str]) -> int:
     """Return the place of the header among the first rows."""
     if wanted:
         for at, row in enumerate(rows):
-            if set(wanted) <= set(_name_columns(row)):
+            if set(wanted) <= set(name_columns(row)):
                 return at
     names = [[c for c in row if isinstance(c, str) and len(c) <= HEADER_CHARS] for row in rows]
     for at, cells in enumerate(names):
@@ -139,16 +139,6 @@ def _find_header(rows: list[list[Cell]], wanted: Sequence[str]) -> int:
         if "messages" in guessed or (len(guessed) > 1 and {"prompt", "response"} & set(guessed)):
             return at
     return next((at for at, cells in enumerate(names) if len(cells) > 1), 0)
-
-
-def _name_columns(cells: Sequence[Cell]) -> list[str]:
-    """Return a name for each column, different ones; "" for a column without a header."""
-    names: list[str] = []
-    for cell in cells:
-        name = cell.strip() if isinstance(cell, str) else ""
-        copies = 1 + sum(other == name or other.startswith(f"{name}.") for other in names)
-        names.append(f"{name}.{copies}" if name and name in names else name)
-    return names
 
 
 def _fill_merged(

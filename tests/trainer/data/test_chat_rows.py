@@ -280,6 +280,11 @@ REJECTED: dict[str, tuple[Layout, dict[str, Any]]] = {
         sharegpt(("human", "a"), ("gpt", "b"), tools=["x"]),
     ),
     "no answer: no message is an assistant's": (SHAREGPT, sharegpt(("human", "a"))),
+    "no column 'output'; the row has instruction, messages": (
+        ALPACA,
+        {"instruction": "a", "messages": []},
+    ),
+    "no column 'conversations'; the row has text": (SHAREGPT, {"text": "a"}),
     "no messages": (SHAREGPT, {"conversations": []}),
     "column 'conversations' holds str|malformed JSON": (SHAREGPT, {"conversations": "a"}),
     "message 1 is str, not an object": (SHAREGPT, {"conversations": ["a"]}),

@@ -97,6 +97,24 @@ def test_wrong_mappings_show_the_columns_found(tmp_path: Path) -> None:
     assert layout_of(path, columns=fitting).column("response") == "解說"
 
 
+def test_columns_of_one_name_and_of_none(tmp_path: Path) -> None:
+    path = write_table(
+        tmp_path / "a.csv", ["", "問題", "答案", "答案", ""], ["1", "問", "甲", "乙", "x"]
+    )
+    assert messages_of(path) == [[("user", "問"), ("assistant", "甲")]]
+    columns = {"response": "答案.2"}
+    assert messages_of(path, columns=columns) == [[("user", "問"), ("assistant", "乙")]]
+
+
+def test_errors_show_some_of_very_many_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({str(i): {"question": "問"} for i in range(5000)}))
+    with pytest.raises(DataError, match=r"its columns are 0, 1, .*29 and 4970 more\."):
+        layout_of(path)
+    with pytest.raises(DataError, match="a table needs a header line"):
+        layout_of(write_table(tmp_path / "b.csv", ["黑潮多快？", "每秒一公尺。"]))
+
+
 def test_layouts_are_plain_data_in_one_line(tmp_path: Path) -> None:
     layout = layout_of(write_table(tmp_path / "a.csv", ["問題", "答案"]))
     assert layout.describe() == "prompt_response; prompt=問題, response=答案; csv; utf-8"
