@@ -8,7 +8,7 @@ dealt within their optimizer step by length, so that all ranks pad little and fi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -22,6 +22,9 @@ from trainer.data.pack import Packer, Piece, Rows, WholePacker
 from trainer.data.store import SourceStore, TokenStore
 from trainer.errors import ConfigError, DataError
 
+# A batch's width is a multiple of this: tensor cores want 8, and a CPU's bf16 matmul keeps code for
+# every shape it has met, half a gigabyte for a few hundred of them.
+WIDTH_UNIT = 8
 PREFETCH_BATCHES = 2  # hides the page faults of a store on a network file system
 
 
@@ -63,6 +66,12 @@ def make_mixture(rows: Mapping[str, Rows], data: DataConfig, seed: int) -> Mixtu
     weights = {name: data.sources[name].weight for name in rows}
     rows_per_epoch = {name: own.rows_per_epoch for name, own in rows.items()}
     return Mixture(weights, rows_per_epoch, seed, by_pass=data.weights_are == "epochs")
+
+
+def batch_width(rows: Sequence[Row], max_length: int) -> int:
+    """Return the width of a batch: its longest row's, rounded up, at most ``max_length``."""
+    longest = max(2, *(sum(map(len, row.pieces)) for row in rows))
+    return min(-(-longest // WIDTH_UNIT) * WIDTH_UNIT, max_length)
 
 
 class TrainLoader:
@@ -161,9 +170,10 @@ class TrainLoader:
             step, at = divmod(start, self.rows_per_step)
             drawn = self._by_length(step)[at : at + self.micro_batch_size]
         config = self.data_config
+        rows = [self._read(row) for row in drawn]
         return collate(
-            [self._read(row) for row in drawn],
-            length=config.max_length if self._full_rows else None,
+            rows,
+            length=config.max_length if self._full_rows else batch_width(rows, config.max_length),
             pad_token_id=self.store.pad_token_id,
             isolate=config.packing and config.isolate_documents,
         )
@@ -246,7 +256,8 @@ class EvalLoader:
         if self._source.weights is not None:
             self.num_targets = sum(int((self._weights(i)[1:] > 0).sum()) for i in self.documents)
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self._windows = self._cut(lengths, data_config.max_length)
+        self._max_length = data_config.max_length
+        self._windows = self._cut(lengths, self._max_length)
         self.num_batches = -(-len(self._windows) // (micro_batch_size * world_size))
 
     def _cut(self, lengths: np.ndarray, max_length: int) -> list[tuple[int, int, int]]:
@@ -266,7 +277,8 @@ class EvalLoader:
             start = (index * self.world_size + self.rank) * self.micro_batch_size
             rows = [self._row(i) for i in range(start, start + self.micro_batch_size)]
             pad = self._store.pad_token_id
-            yield collate(rows, length=None, pad_token_id=pad, isolate=False)
+            width = batch_width(rows, self._max_length)
+            yield collate(rows, length=width, pad_token_id=pad, isolate=False)
 
     def _row(self, index: int) -> Row:
         if index >= len(self._windows):

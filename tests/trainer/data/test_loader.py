@@ -6,15 +6,16 @@ import dataclasses
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.config import DataConfig, SourceConfig
+from trainer.config import DataConfig, SourceConfig, load_config
 from trainer.data.collate import Batch, Row, collate
 from trainer.data.loader import EvalLoader, TrainLoader
-from trainer.data.prepare import prepare
+from trainer.data.prepare import open_store, prepare
 from trainer.data.store import TokenStore
 from trainer.errors import ConfigError, DataError
 from trainer.losses.cross_entropy import IGNORE_INDEX
@@ -99,6 +100,86 @@ def test_any_world_size_and_micro_batch_take_the_same_rows(
 def trimmed(row: tuple[list[int], ...]) -> tuple[list[int], ...]:
     last = max(i for i, label in enumerate(row[1]) if label != IGNORE_INDEX)
     return *(column[: last + 1] for column in row[:3]), row[3]
+
+
+def test_rows_of_a_step_are_dealt_by_length(store: TokenStore, data: DataConfig) -> None:
+    """All ranks pad little and finish a micro-batch together; the rows stay the step's own."""
+    data = dataclasses.replace(data, packing=False)
+    batches = [make(store, data, rank, 2, rows_per_step=32) for rank in (0, 1)]
+    per_rank = [list(islice(loader, 3 * loader.micro_batches_per_step)) for loader in batches]
+    num_micro = batches[0].micro_batches_per_step
+    padding = size = 0
+    for step in range(3):
+        part = slice(step * num_micro, (step + 1) * num_micro)
+        together = [b for pair in zip(*(own[part] for own in per_rank), strict=True) for b in pair]
+        lengths = [sum(row) for batch in together for row in batch.piece_lengths]
+        assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+        assert sorted(int(i) for b in together for i in b.sample_ids) == list(
+            range(step * 32, (step + 1) * 32)
+        )
+        size += sum(batch.input_ids.numel() for batch in together)
+        padding += sum(batch.input_ids.numel() - batch.num_tokens for batch in together)
+    assert padding < 0.1 * size
+
+
+def chat_store(chat_config: dict[str, Any]) -> tuple[TokenStore, DataConfig]:
+    config = load_config(chat_config)
+    return open_store(config.data, str(config.tokenizer.path)), config.data
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_epoch_holds_every_conversation_whole_with_its_weights(
+    chat_config: dict[str, Any], packing: bool
+) -> None:
+    store, data = chat_store(chat_config)
+    data = dataclasses.replace(data, packing=packing)
+    loader = make(store, data, rows_per_step=1, micro_batch_size=1)
+    source = store.sources["chat"]
+    expected = sorted(
+        (source.document(i).tolist(), source.document_weights(i).tolist())
+        for i in source.document_ids(held_out=False)
+    )
+    found, targets = [], 0.0
+    for batch in islice(loader, loader.mixture.rows_per_epoch["chat"]):
+        longest = sum(batch.piece_lengths[0])
+        width = batch.input_ids.shape[1]
+        assert longest <= width < longest + 8 and (width % 8 == 0 or width == data.max_length)
+        at = 0
+        for length in batch.piece_lengths[0]:
+            weights = batch.weights[0, at : at + length]
+            found.append((batch.input_ids[0, at : at + length].tolist(), weights.tolist()))
+            trained = batch.labels[0, at : at + length] != IGNORE_INDEX
+            assert torch.equal(trained, weights > 0)
+            at += length
+        assert (len(batch.piece_lengths[0]) == 1) or packing
+        targets += batch.num_targets
+    assert sorted(found) == expected
+    assert targets == pytest.approx(sum(sum(weights) for _, weights in expected))
+    assert loader.epochs() == {"chat": 1.0}
+
+
+def test_packed_conversations_fill_their_rows(chat_config: dict[str, Any]) -> None:
+    store, data = chat_store(chat_config)
+    loader = make(store, data)
+    source = store.sources["chat"]
+    trained = np.diff(source.offsets)[source.document_ids(held_out=False)].sum()
+    rows = loader.mixture.rows_per_epoch["chat"]
+    assert loader.fill_shares() == {"chat": trained / (rows * data.max_length)}
+    assert loader.fill_shares()["chat"] > 0.93
+
+
+def test_evaluation_of_conversations_counts_every_trained_token_once(
+    chat_config: dict[str, Any],
+) -> None:
+    store, data = chat_store(chat_config)
+    options: dict[str, int] = {"max_chars": 10**9, "micro_batch_size": 3, "world_size": 2}
+    loaders = [EvalLoader(store, data, "chat", rank=rank, **options) for rank in (0, 1)]
+    source = store.sources["chat"]
+    weights = [source.document_weights(i) for i in source.document_ids(held_out=True)]
+    num_trained = sum(int((own > 0).sum()) for own in weights)
+    assert {0.5, 2.0} & {float(w) for own in weights for w in own}  # heavier ones are among them
+    batches = [batch for loader in loaders for batch in loader]
+    assert sum(batch.num_targets for batch in batches) == num_trained == loaders[0].num_targets
 
 
 @pytest.mark.parametrize("resumed_world_size", [1, 2, 4])
@@ -200,6 +281,21 @@ def test_packed_labels_and_positions_by_hand() -> None:
     plain = collate(rows, length=None, pad_token_id=2, isolate=False)
     assert plain.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert plain.labels.tolist() == [row[:5] for row in batch.labels.tolist()]
+
+
+def test_weights_and_labels_by_hand() -> None:
+    weights = [np.array([1, 0, 0.5], np.float32), np.array([0, 2], np.float32)]
+    rows = [
+        Row([np.array([1, 5, 6]), np.array([7, 8])], 0, 0, weights),
+        Row([np.array([3, 4])], 1, 1),  # of a source without weights
+    ]
+    batch = collate(rows, length=None, pad_token_id=2, isolate=True)
+    no = IGNORE_INDEX
+    assert batch.labels.tolist() == [[no, no, 6, no, 8], [no, 4, no, no, no]]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [[0, 0, 0.5, 0, 2], [0, 1, 0, 0, 0]]
+    assert (batch.num_targets, batch.num_trained, batch.num_tokens) == (3.5, 3, 7)
+    assert batch.piece_lengths == [[3, 2], [2]]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (2, 3), (4, 2)])
