@@ -19,6 +19,7 @@ from trainer.errors import ConfigError
 PACKAGES = ("fastapi", "uvicorn", "openai")
 TOKEN_VARIABLE = "KUROSHIO_SERVE_TOKEN"
 MIN_TOKEN_CHARS = 16
+GRACE_S = 5  # for answers under way when the server is stopped
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def main(arguments: Sequence[str]) -> int:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         notices().print(f"http://{address}:{port}/v1 serves {chat_model.name!r}; {shown}")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+        )
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
