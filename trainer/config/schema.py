@@ -38,7 +38,7 @@ class SourceConfig:
     sheet: str | None = None  # xlsx, xls: null = the first sheet with rows
     # Conversations only:
     schema: str = "auto"  # auto | alpaca | sharegpt | messages | prompt_response | squad
-    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's
+    columns: dict[str, str] | None = None  # our column name -> the file's, over the guess
     datasets: list[str] = field(default_factory=list)  # names in a LLaMA-Factory dataset_info.json
     dataset_info: str | None = None  # that file; null = the one in the folder of paths
 

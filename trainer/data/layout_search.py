@@ -119,14 +119,15 @@ def _options(path: Path, source: SourceConfig, prompts: bool, is_table: bool) ->
             f"schema={source.schema!r} is not one of auto, {', '.join(SCHEMAS)}"
             f"{nearest(source.schema, SCHEMAS)}"
         )
-    for name in source.columns:
+    explicit = source.columns or {}
+    for name in explicit:
         if name not in NAMES:
             raise DataError(
                 f"columns={{{name}: ...}} is written OURS: COLUMN OF THE FILE, and ours are "
                 f"{', '.join(NAMES)}{nearest(name, NAMES)}"
             )
     entry = find_entry(path, read_entries(source)) if source.datasets else None
-    columns = {**(entry.columns if entry else {}), **source.columns}
+    columns = {**(entry.columns if entry else {}), **explicit}
     return _Options(path, source.schema, columns, entry, prompts, is_table)
 
 
@@ -179,7 +180,7 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
     if options.schema in LISTS or missing:
         missing = ["messages"] if options.schema in LISTS else missing
         wanted = " and the ".join(missing)
-        example = ", ".join(f"{name}: COLUMN" for name in missing)
+        example = ", ".join(f'{name}: "COLUMN"' for name in missing)
         hint = "; a table needs a header line" if options.is_table else ""
         raise DataError(
             f"{options.path}: no column is known to hold the {wanted}; its columns are "
