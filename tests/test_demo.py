@@ -1,4 +1,4 @@
-"""``make demo``, from nothing to the table and a model that plain transformers loads."""
+"""``make demo``, from nothing to the tables and a chat model that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_demo_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
+def test_demo_ends_with_tables_and_reports(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "samples/demo.py"],
         cwd=ROOT,
@@ -33,3 +34,20 @@ def test_demo_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
     assert trained < extended  # bits per character
     prompts = [line for line in done.stdout.splitlines() if line.startswith("春天 → 春天")]
     assert prompts and len(prompts[0]) > len("春天 → 春天")
+    assert (tmp_path / "tuned/report.html").stat().st_size > 10_000
+    score = re.search(r"answered right, by rule: (\d+) of (\d+) → (\d+) of \2", done.stdout)
+    assert score is not None
+    right_before, num_questions, right_after = map(int, score.groups())
+    assert num_questions == sum(1 for _ in (ROOT / "samples/chat_zh_tw_test.jsonl").open())
+    assert right_before <= 0.02 * num_questions
+    assert right_after >= 0.6 * num_questions
+    assert "<|im_start|>user\n那高雄呢？<|im_end|>\n<|im_start|>assistant" in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat_model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat_model")
+    question = [{"role": "user", "content": "「黑」的反義詞是什麼？"}]
+    ids = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=20, do_sample=False)
+    # Whatever it says, the turn ends with the template's own token, not by the limit.
+    assert out[0, -1].item() == tokenizer.convert_tokens_to_ids("<|im_end|>")
