@@ -190,7 +190,8 @@ class ChatEncoder:
         lost = {i for i in chosen if rendered.turns[i] is None}
         if chosen - lost or self._spec.train_on == "everything":
             keep_newest = self._spec.train_on == "last"
-            yield Part(whole, chosen - lost, keep_newest=keep_newest, rendered=rendered)
+            held = Rendered(rendered.text, {i: t for i, t in rendered.turns.items() if t})
+            yield Part(whole, chosen - lost, keep_newest=keep_newest, rendered=held)
         for i in sorted(lost):
             yield Part(whole[: i + 1], {i}, keep_newest=True)
 

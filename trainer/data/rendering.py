@@ -124,7 +124,7 @@ class Renderer:
         before = self.render(chat[:index], tools, generate=True)
         is_last = index == len(chat) - 1
         through = text if is_last else self.render(chat[: index + 1], tools)
-        if not (text.startswith(through) and through.startswith(before)):
+        if not (text.startswith(through) and through.startswith(before)) or through == before:
             return None
         return Turn(len(before), self._content_end(through, len(before)), len(through))
 
@@ -144,9 +144,10 @@ class Renderer:
 
     def _find_by_mark(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
         message = chat[index]
-        if message.get("tool_calls") or message.get("reasoning_content"):
-            return None  # more than its content would have to be found
-        marked = [*chat[:index], {**message, "content": MARK}, *chat[index + 1 :]]
+        if message.get("reasoning_content"):
+            return None  # what is found of it would be without its thoughts
+        # What stands in the mark's place is the whole answer, its calls among it.
+        marked = [*chat[:index], {"role": message["role"], "content": MARK}, *chat[index + 1 :]]
         before, mark, after = self.render(marked, tools).partition(MARK)
         if not mark or not (text.startswith(before) and text.endswith(after)):
             return None
