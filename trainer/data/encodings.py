@@ -19,6 +19,9 @@ BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # What text is in when it is neither UTF-8 nor UTF-16. The last decodes nearly anything.
 CANDIDATES = ("cp950", "big5hkscs", "gb18030", "cp1252")
 BIG5 = ("cp950", "big5hkscs")
+# Printable ASCII and white space, Han, and the signs of both widths.
+USUAL = re.compile("[\t\n\r -~\u2010-\u203b\u3000-\u303f\u3400-\u9fff\uff00-\uff65]")
+USUAL_SHARE, SURE_SHARE, MIN_WIDE_BYTES = 0.85, 0.95, 24
 SIGNS = re.compile(rb'[\s",:;]+')  # never the second byte of a character
 MIN_FOREIGN_BYTES = 4  # two characters; fewer are more likely damaged UTF-8
 WIDE_MARKS = {
@@ -91,23 +94,30 @@ def _looks_utf8(piece: bytes) -> bool:
 
 
 def _guess_wide(sample: bytes) -> str | None:
-    """Tell UTF-16 without a mark: ASCII characters, line ends at least, have a zero byte."""
+    """Tell UTF-16 without a mark, by zero bytes and by the characters that it would hold."""
     even = sample[: len(sample) // 2 * 2]
     zeros = {"utf-16-be": even[0::2].count(0), "utf-16-le": even[1::2].count(0)}
-    name, other = sorted(zeros, key=lambda key: -zeros[key])
-    if not zeros[name] or zeros[other] * 10 > zeros[name]:
-        return None
-    if _looks_utf8(even) and zeros[name] * 4 < len(even):
-        return None  # a stray zero byte in UTF-8
-    text = even.decode(name, errors="replace")
-    strange = len(re.findall(r"[\x00-\x08\x0e-\x1f\ufffd\ue000-\uf8ff]", text))
-    return name if strange * 50 <= len(text) else None
+    num_zeros, num_high = sum(zeros.values()), sum(byte > 0x7F for byte in even)
+    if _looks_utf8(sample) and num_zeros * 4 < len(even):
+        return None  # with a stray zero byte at most
+    if not num_zeros and (num_high * 4 < len(even) or len(even) < MIN_WIDE_BYTES):
+        return None  # pairs of ASCII letters would look like Han
+    shares = {name: _usual_share(even.decode(name, errors="replace")) for name in zeros}
+    # ASCII characters in the wrong order look like Han, so that zeros decide between equals.
+    name = max(zeros, key=lambda name: (round(shares[name], 1), zeros[name]))
+    return name if shares[name] > (USUAL_SHARE if num_zeros else SURE_SHARE) else None
+
+
+def _usual_share(text: str) -> float:
+    """Return the share of characters that Chinese or English texts are made of."""
+    return len(USUAL.findall(text)) / max(len(text), 1)
 
 
 def _likeliest(pieces: list[bytes]) -> str:
     """Return the encoding in which the pieces make sense; UTF-8 when none is."""
     counts = {name: sum(_decodes(piece, name) for piece in pieces) for name in CANDIDATES}
-    possible = [name for name in CANDIDATES if 2 * counts[name] > len(pieces)]
+    enough = max(0.5 * len(pieces), 0.95 * max(counts[name] for name in CANDIDATES[:-1]))
+    possible = [name for name in CANDIDATES if counts[name] > enough]
     if not possible:
         return "utf-8"
     shared = [piece for piece in pieces if all(_decodes(piece, name) for name in possible)]

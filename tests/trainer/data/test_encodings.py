@@ -86,6 +86,10 @@ def test_documents_too(encoding: str, tmp_path: Path) -> None:
         ("問題,答案\n好,是\n", "cp950", "cp950"),
         ("a stray €, naïve café and “quotes” – more\n" * 3, "cp1252", "cp1252"),
         ("plain ASCII", "utf-8", "utf-8"),
+        ("一問,一答\n一二三,三二一\n", "utf-16-le", "utf-16-le"),  # 一 is U+4E00: a zero byte
+        ("一問,一答\n一二三,三二一\n", "utf-16-be", "utf-16-be"),
+        ("渭城朝雨浥輕塵客舍青青柳色新", "utf-16-le", "utf-16-le"),  # not a single ASCII character
+        ("with a \x00 and 中文", "utf-8", "utf-8"),
         ("plain ASCII in two bytes each", "utf-16-le", "utf-16-le"),
         ("嘅嗰啲唔係喺度\n佢哋嚟咗㗎喇\n" * 3, "big5hkscs", "big5hkscs"),
     ],
