@@ -24,7 +24,7 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 _LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 _FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _CONV1D = ("c_attn", "c_proj", "c_fc")
-_EXPERTS = "experts are fused tensors, not linear layers: LoRA adapts attention only"
+_EXPERTS = "LoRA leaves the experts as they are"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ _TABLE = (
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
     Family("phimoe", "Phi-3.5-MoE", "kernel", _QKVO, _EXPERTS),
-    Family("falcon", "Falcon", "mask", _FUSED),
+    Family("falcon", "Falcon", "mask", _FUSED, "with alibi (Falcon-RW): padded"),
     Family("bloom", "BLOOM, BLOOMZ", "none", _FUSED, "its alibi counts from the row's start"),
     Family("glm", "GLM-4-9B", "kernel", (*_QKVO, "gate_up_proj", "down_proj")),
     Family("glm4", "GLM-4-0414", "kernel", (*_QKVO, "gate_up_proj", "down_proj")),
@@ -83,8 +83,9 @@ _TABLE = (
     Family("cohere2", "Command R7B, Aya", "kernel", _QKVO + _GATED),
     Family("smollm3", "SmolLM 3", "kernel", _QKVO + _GATED),
     Family("seed_oss", "Seed-OSS", "kernel", _QKVO + _GATED),
-    Family("deepseek_v2", "DeepSeek-V2", "kernel", _LATENT + _GATED, _EXPERTS),
-    Family("deepseek_v3", "DeepSeek-V3", "kernel", _LATENT + _GATED, _EXPERTS),
+    # Not the MLP: peft 0.21 takes its names for those of the fused experts of these two.
+    Family("deepseek_v2", "DeepSeek-V2", "kernel", _LATENT, "LoRA adapts attention only"),
+    Family("deepseek_v3", "DeepSeek-V3", "kernel", _LATENT, "LoRA adapts attention only"),
     Family("gpt_oss", "gpt-oss", "none", _QKVO, _EXPERTS),
     Family("gpt2", "GPT-2", "kernel", _CONV1D),
     Family("gpt_neox", "Pythia, GPT-NeoX", "kernel", _FUSED),
@@ -126,3 +127,30 @@ def lora_targets(config: Mapping[str, Any]) -> tuple[str, ...] | str:
     """
     family = find_family(config)
     return family.lora_targets if family else ALL_LINEAR
+
+
+@dataclass(frozen=True)
+class RemoteFamily:
+    """A family that transformers has no code for: its model folder brings its own.
+
+    Attributes:
+        models: names people know.
+        llama: how its weights become a folder of a native family; empty where they cannot.
+    """
+
+    models: str
+    llama: str
+
+
+# What each differs in is read from vLLM's and SGLang's implementations and from public converters.
+REMOTE_FAMILIES = (
+    RemoteFamily("Baichuan-7B", "split W_pack into q, k and v: LLaMA"),
+    RemoteFamily("Baichuan2-7B", "the same, with the rows of lm_head normalised: LLaMA"),
+    RemoteFamily("Baichuan-13B, Baichuan2-13B", ""),
+    RemoteFamily("ChatGLM3", ""),
+    RemoteFamily("InternLM 1", "rename model_type, attention_bias=true: LLaMA"),
+    RemoteFamily("InternLM 2, 2.5", "split wqkv by groups, rename: LLaMA"),
+    RemoteFamily("Qwen 1", "split c_attn, w1 is up and w2 gate, rename: LLaMA with attention_bias"),
+    RemoteFamily("XVERSE", "rename model_type: LLaMA"),
+    RemoteFamily("Yuan 2", ""),
+)

@@ -194,6 +194,7 @@ def test_the_kernel_for_uneven_lengths_gets_the_documents(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu(dtype: torch.dtype, window: int | None) -> None:
