@@ -19,8 +19,8 @@ BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # What text is in when it is neither UTF-8 nor UTF-16. The last decodes nearly anything.
 CANDIDATES = ("cp950", "big5hkscs", "gb18030", "cp1252")
 BIG5 = ("cp950", "big5hkscs")
-# Printable ASCII and white space, Han, and the signs of both widths.
-USUAL = re.compile("[\t\n\r -~\u2010-\u203b\u3000-\u303f\u3400-\u9fff\uff00-\uff65]")
+# Printable ASCII and white space, Han, kana, and the signs of both widths.
+USUAL = re.compile("[\t\n\r -~\u2010-\u203b\u3000-\u30ff\u3400-\u9fff\uff00-\uff65]")
 USUAL_SHARE, SURE_SHARE, MIN_WIDE_BYTES = 0.85, 0.95, 24
 SIGNS = re.compile(rb'[\s",:;]+')  # never the second byte of a character
 MIN_FOREIGN_BYTES = 4  # two characters; fewer are more likely damaged UTF-8

@@ -166,12 +166,13 @@ def _json_values(stream: IO[bytes], path: Path) -> Iterator[Row]:
             return
         try:
             value, end = parser.raw_decode(buffer, at)
-        except json.JSONDecodeError as error:
-            if not ended:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError) and not ended:
                 read_more()
                 continue
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise DataError(
-                f"{path}: broken JSON at record {number + 1}: {error.msg}; the records after it "
+                f"{path}: broken JSON at record {number + 1}: {reason}; the records after it "
                 "cannot be told apart. Repair the file"
             ) from error
         if end == len(buffer) and not ended:  # a number may go on in the next piece

@@ -309,6 +309,19 @@ def test_broken_json_list_names_the_record(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000])
+def test_json_that_python_refuses_names_the_record(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "a"}}, {{"text": {value}}}]')
+    with pytest.raises(DataError, match=r"a\.json: broken JSON at record 2"):
+        read(path)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+    log = RejectLog(None, max_bad_row_share=1.0)
+    assert [d.text for d in read(path, log=log)] == ["a"]
+    assert log.last is not None and "malformed JSON" in log.last.reason
+
+
 def test_long_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.data.rows.READ_CHARS", 7)  # cuts inside characters and numbers
     path = tmp_path / "a.json"

@@ -215,6 +215,14 @@ def test_encrypted_workbook_says_what_to_do(tmp_path: Path) -> None:
         read(locked)
 
 
+def test_encrypted_xls_too(tmp_path: Path) -> None:
+    path = write_xls(tmp_path / "a.xls", [HEADER, *PAIRS])
+    # No library writes one: turn the first record into FILEPASS, by which Excel marks them.
+    path.write_bytes(path.read_bytes().replace(b"\xe1\x00\x02\x00", b"\x2f\x00\x02\x00", 1))
+    with pytest.raises(DataError, match=r"a\.xls is protected by a password"):
+        read(path)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_damaged_workbook_is_named(kind: str, share: float, tmp_path: Path) -> None:
