@@ -91,7 +91,8 @@ def _check_all(data: DataConfig, tokenizer_path: str | Path, aside: Path) -> Che
         sections.append(_section(source, data, listed))
     parts: list[RenderableType] = [] if store is None else [source_table(store), *sections]
     if data.content == "conversations" and store is not None:
-        parts += _example(data, tokenizer_path)
+        good = {name: data.sources[name] for name in store.sources}
+        parts += _example(dataclasses.replace(data, sources=good), tokenizer_path)
     return Checked(Group(*parts), problems)
 
 
