@@ -16,7 +16,7 @@ from trainer.data.files import BINARY_FORMATS, detect_encoding, detect_format, n
 from trainer.data.layouts import Layout, Schema
 from trainer.data.llama_factory import Entry, find_entry, read_entries
 from trainer.data.nesting import find_nesting, unnest
-from trainer.data.raw import Row, RowError
+from trainer.data.raw import Row, RowError, printable
 from trainer.data.records import parse_record
 from trainer.data.rows import iterate_rows
 from trainer.data.tool_calls import parse_json
@@ -109,7 +109,7 @@ def _find_layout(asked: _Asked) -> Layout:
         prompts=prompts,
     )
     unread = [name for name in _headers(records) if name not in dict(layout.columns).values()]
-    logger.info("%s: %s; columns not read: %s", path, layout.describe(), ", ".join(unread) or "-")
+    logger.info("%s: %s; columns not read: %s", path, layout.describe(), _shorten(unread) or "-")
     return layout
 
 
@@ -192,7 +192,7 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
 def _shorten(headers: list[str]) -> str:
     """Return the names in a list, not all of an object that is keyed by number."""
     more = f" and {len(headers) - MAX_NAMES} more" if len(headers) > MAX_NAMES else ""
-    return ", ".join(header[:MAX_NAME_CHARS] for header in headers[:MAX_NAMES]) + more
+    return printable(", ".join(h[:MAX_NAME_CHARS] for h in headers[:MAX_NAMES]) + more)
 
 
 def _schema_of(columns: Mapping[str, str], options: _Options) -> Schema:
@@ -238,6 +238,8 @@ def _first_message(records: list[dict[str, Any]], column: str) -> dict[str, Any]
 
 def _check_named(headers: list[str], options: _Options) -> None:
     for ours, name in options.columns.items():
+        if options.entry is not None and ours not in ("prompt", "response", "messages"):
+            continue  # entries name columns that their files need not fill
         if name and name not in headers:
             raise DataError(
                 f"{options.path} has no column {name!r}, which columns.{ours} names; its columns "

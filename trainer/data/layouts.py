@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from trainer.data.raw import printable
+
 Schema = Literal["alpaca", "sharegpt", "messages", "prompt_response", "squad"]
 
 
@@ -69,4 +71,4 @@ class Layout:
             parts.append(f"sheet {self.sheet}")
         if self.max_rows is not None:
             parts.append(f"first {self.max_rows} rows")
-        return "; ".join(part for part in parts if part)
+        return printable("; ".join(part for part in parts if part))

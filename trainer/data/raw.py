@@ -21,3 +21,8 @@ class Row(NamedTuple):
     number: int
     num_bytes: int
     value: bytes | dict[str, Any] | RowError
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with lone surrogates escaped, which no terminal or file would take."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.data.raw import Row, RowError
+from trainer.data.raw import Row, RowError, printable
 from trainer.data.storage import naming_the_disk
 from trainer.errors import DataError
 
@@ -136,7 +136,7 @@ class RejectLog:
     def reject_row(self, row: Row, path: Path, reason: str) -> None:
         """Count and write a raw row of ``path``; raises as ``reject`` does."""
         sample = row.value if isinstance(row.value, bytes) else repr(row.value)
-        self.reject(Reject(str(path), row.number, reason, excerpt(sample)))
+        self.reject(Reject(str(path), row.number, printable(reason), excerpt(sample)))
 
     def check_share(self) -> None:
         """Raise when too many of the rows read so far were rejected.

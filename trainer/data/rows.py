@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from trainer.data.columns import name_columns
 from trainer.data.encodings import keep_invalid
 from trainer.data.files import BINARY_FORMATS, open_bytes, open_seekable
-from trainer.data.raw import Row, RowError
+from trainer.data.raw import Row, RowError, printable
 from trainer.data.spreadsheets import iterate_sheet
 from trainer.errors import DataError
 
@@ -268,6 +268,6 @@ def _check_columns(present: list[str], wanted: Sequence[str], path: Path) -> Non
 def missing_column(path: Path, name: str, present: list[str]) -> str:
     """Say that ``path`` has no column ``name``, and which it has."""
     return (
-        f"{path} has no column {name!r}; its columns are {', '.join(map(str, present))}: "
+        f"{path} has no column {name!r}; its columns are {printable(', '.join(present))}: "
         "set the source's text_columns"
     )

@@ -164,6 +164,9 @@ def test_forced_encoding_wins_and_an_unknown_one_is_refused(tmp_path: Path) -> N
     assert find_layout(path, SourceConfig([str(path)], encoding="big5")).encoding == "big5"
     with pytest.raises(DataError, match="no column is known to hold"):
         questions(path, encoding="utf-8")
+    with pytest.raises(DataError, match="its columns are ") as caught:
+        questions(path, encoding="ascii")
+    assert str(caught.value).encode("utf-8")  # can be printed
     for name in ("big-five", "base64", "undefined"):
         with pytest.raises(DataError, match=f"encoding='{name}' is not an encoding"):
             questions(path, encoding=name)

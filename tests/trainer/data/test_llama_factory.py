@@ -66,6 +66,13 @@ def test_columns_and_tags_are_honoured(tmp_path: Path) -> None:
     assert read(tmp_path, "openai") == [[("user", "a"), ("assistant", "b")]]
 
 
+def test_entry_may_name_columns_that_the_file_lacks(tmp_path: Path) -> None:
+    columns = {"prompt": "instruction", "query": "", "response": "output", "history": "history"}
+    info = {"old": {"file_name": "old.json", "columns": columns, "file_sha1": "0"}}
+    write_folder(tmp_path, info, old=[{"instruction": "問", "input": "x", "output": "答"}])
+    assert read(tmp_path, "old") == [[("user", "問"), ("assistant", "答")]]
+
+
 def test_entry_without_columns_is_guessed_and_a_folder_is_read_whole(tmp_path: Path) -> None:
     write_folder(tmp_path, {"many": {"file_name": "parts"}})
     (tmp_path / "parts").mkdir()
