@@ -101,29 +101,32 @@ def start_variants(args: argparse.Namespace, names: list[str], folder: Path) -> 
 
 
 def describe(figures: dict[str, Any]) -> None:
-    """Print the table; add each variant's rate as a multiple of each other one's."""
+    """Print the table; add ours as multiples of the others' targets a second."""
     some = next(iter(figures.values()))
     print(
         f"{some['num_params'] / 1e6:.1f} M parameters, {some['precision']} on {some['device']}; "
         f"load average {os.getloadavg()[0]:.1f}"
     )
     for name, own in figures.items():
-        own["rate_of"] = {other: rate_of(own, theirs) for other, theirs in figures.items()}
-        ratios = ", ".join(f"{r:.2f} × {o}" for o, r in own["rate_of"].items() if o != name)
         print(
-            f"{name:15} {own['targets_per_s']:7.0f} targets/s ({own['tokens_per_s']:.0f} tokens/s, "
+            f"{name:19} {own['targets_per_s']:6.0f} targets/s ({own['tokens_per_s']:.0f} tokens/s, "
             f"{own['targets_per_cpu_s']:.0f} targets per processor second), peak "
-            f"{own['peak_mb']:.0f} MB: {ratios}"
+            f"{own['peak_mb']:.0f} MB"
         )
+    for name, own in figures.items():
+        if name.startswith("ours"):
+            own["rate_of"] = {other: rate_of(own, them) for other, them in figures.items()}
+            ratios = (f"{rate:.2f} × {other}" for other, rate in own["rate_of"].items())
+            print(f"{name}: {', '.join(ratios)}")
 
 
 def rate_of(own: dict[str, Any], other: dict[str, Any]) -> float:
     """Return the median over turns of our targets a second / theirs, each beside its neighbour."""
-    rates = [
+    ours, theirs = (
         [targets / wall for targets, wall in zip(f["turn_targets"], f["turn_wall_s"], strict=True)]
         for f in (own, other)
-    ]
-    return median_rate(*rates)
+    )
+    return median_rate(ours, theirs)
 
 
 def run_rank(case: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ def chat_overrides(conversations: Path, tokenizer: Path, folder: Path) -> list[s
         f"tokenizer.path='{tokenizer}'",
         *(f"model.architecture.{key}={value}" for key, value in ARCHITECTURE.items()),
         "loop.eval_chars=0",
+        "schedule.warmup_share=0",  # as the others' default
         "loop.epochs=null",
         "loop.max_steps=1000000",
         "stage.sample_tokens=0",
