@@ -74,11 +74,9 @@ def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
     frozen = read(run_dir / CONFIG_FILE)
     changes = differences(frozen, plain(config))
     changeable: tuple[str, ...] = (*CHANGEABLE, "run_dir")
-    if config.schedule.name == "constant":
-        changeable += (
-            "loop.max_steps",
-            "loop.epochs",
-        )  # no learning rate of the past depends on it
+    if config.schedule.name == "constant" and not config.schedule.warmup_share:
+        # No learning rate of the past depends on them.
+        changeable += ("loop.max_steps", "loop.epochs")
     refused = {k: v for k, v in changes.items() if not _matches(k, changeable)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]

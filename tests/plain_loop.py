@@ -40,17 +40,19 @@ def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     )  # fmt: skip
     for step in range(config.loop.max_steps):
         batch = next(loader)
-        documents = []
-        for number in range(rows):  # each document alone: isolation without any mask
-            starts = (batch.position_ids[number] == 0).nonzero().flatten().tolist()
-            for start, stop in zip(starts, [*starts[1:], batch.input_ids.shape[1]], strict=True):
-                if (batch.labels[number, start:stop] != -100).any():
-                    documents.append(batch.input_ids[number, start:stop])
-        count = sum(len(ids) - 1 for ids in documents)
-        loss = torch.zeros((), dtype=torch.float64)
-        for ids in documents:
-            logits = model(input_ids=ids[None]).logits[0, :-1, : num_ids(tokenizer)]
-            loss = loss + torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+        count, loss = 0.0, torch.zeros((), dtype=torch.float64)
+        for number, lengths in enumerate(batch.piece_lengths):
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            for start, stop in zip([0, *ends], ends, strict=False):
+                # Each document alone: isolation without any mask.
+                ids = batch.input_ids[number, start:stop]
+                weights = torch.ones(stop - start)
+                if batch.weights is not None:
+                    weights = batch.weights[number, start:stop]
+                logits = model(input_ids=ids[None]).logits[0, :-1, : num_ids(tokenizer)]
+                nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+                loss = loss + (nll * weights[1:]).sum()
+                count += float(weights[1:].double().sum())
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
         for group in optimizer.param_groups:

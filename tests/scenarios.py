@@ -23,25 +23,28 @@ from trainer.data.collate import Batch, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.metrics.sinks import Sinks
+from trainer.next_token import NextTokenStage
 from trainer.signals import StopRequest
 from trainer.stage import Context
-from trainer.stages.pretrain import Pretrain
+from trainer.stages import stage_class
 
 
 def explode(batch: Batch) -> Batch:
     """Return the pieces of packed rows as rows of their own, padded to the longest."""
     rows = []
-    for number in range(len(batch.input_ids)):
-        starts = (batch.position_ids[number] == 0).nonzero().flatten().tolist()
-        for start, stop in zip(starts, [*starts[1:], batch.input_ids.shape[1]], strict=True):
-            ids = batch.input_ids[number, start:stop].numpy()
-            if (batch.labels[number, start:stop] != -100).any():  # padding has no labels
-                rows.append(Row([ids], int(batch.sample_ids[number]), 0))
+    for number, lengths in enumerate(batch.piece_lengths):
+        at = 0
+        for length in lengths:
+            ids = batch.input_ids[number, at : at + length].numpy()
+            weights = batch.weights
+            own = None if weights is None else [weights[number, at : at + length].numpy()]
+            rows.append(Row([ids], int(batch.sample_ids[number]), 0, own))
+            at += length
     return collate(rows, length=None, pad_token_id=0, isolate=True)
 
 
-class Scenario(Pretrain):
-    """The stage with the scenario's twist."""
+class Twisted(NextTokenStage):
+    """What is put before a stage's own methods: the scenario's twist."""
 
     twist: dict[str, Any] = {}  # noqa: RUF012
 
@@ -139,8 +142,11 @@ def main(path: str) -> None:
         if scenario.get("kill_between_renames"):
             kill_between_renames()
         config = load_config(scenario["config"])
-        stage = Scenario(**{k: v for k, v in config.stage.items() if k not in ("name",)})
+        fields = {key: value for key, value in config.stage.items() if key != "name"}
+        # A dataclass made the stage's own __init__; the twist stands before it.
+        stage = type("Scenario", (Twisted, stage_class(config.stage["name"])), {})(**fields)
         stage.twist = scenario
+        config, _ = stage.settle(config)
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         stage.run(Context(config, run_dir, rank, world_size, local_rank))

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -89,12 +90,66 @@ def base_config(
     return values
 
 
+@pytest.fixture(scope="session")
+def chat_config(
+    base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return a complete config of stage sft on short conversations of uneven weight, prepared."""
+    from trainer.config import load_config
+    from trainer.data.prepare import ensure_prepared
+
+    folder = tmp_path_factory.mktemp("chat")
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in make_conversations(120)]
+    (folder / "chat.jsonl").write_text("".join(lines))
+    values = copy.deepcopy(base_config)
+    values["stage"] = {"name": "sft", "sample_tokens": 0}
+    values["data"] |= {
+        "sources": {"chat": {"paths": [str(folder / "chat.jsonl")]}},
+        "store_dir": str(folder / "store"),
+        "content": "conversations",
+        "weights_are": "epochs",
+        "template": "plain",
+        "max_bad_row_share": 0.0,
+    }
+    config = load_config(values)
+    ensure_prepared(config.data, str(config.tokenizer.path))
+    return values
+
+
+def make_conversations(num: int) -> list[list[dict[str, Any]]]:
+    """Return conversations of one to three turns; second answers count half, some twice."""
+    random = Random(0)
+    words = ["the", "wind", "from", "north", "is", "cold", "over", "harbour", "boats", "wait"]
+    conversations = []
+    for number in range(num):
+        messages: list[dict[str, Any]] = []
+        for turn in range(random.choice([1, 1, 2, 3])):
+            question = " ".join(random.choices(words, k=random.randint(1, 4)))
+            answer = " ".join(random.choices(words, k=random.randint(1, 6)))
+            weight = 0.5 if turn == 1 else 2.0 if number % 5 == 0 else 1.0
+            messages.append({"role": "user", "content": f"{number} {question}?"})
+            messages.append({"role": "assistant", "content": answer, "loss_weight": weight})
+        conversations.append(messages)
+    return conversations
+
+
 @pytest.fixture
 def vary(base_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """Return a function that copies the base config with dotted keys changed."""
+    return varying(base_config)
+
+
+@pytest.fixture
+def vary_chat(chat_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """Return a function that copies the config of stage sft with dotted keys changed."""
+    return varying(chat_config)
+
+
+def varying(base: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """Return a function that copies ``base`` with dotted keys changed."""
 
     def change(run_dir: Path, **changes: Any) -> dict[str, Any]:
-        values = copy.deepcopy(base_config)
+        values = copy.deepcopy(base)
         values["run_dir"] = str(run_dir)
         for key, value in changes.items():
             section, _, name = key.partition("__")

@@ -71,6 +71,16 @@ def test_killed_run_resumes_bit_exactly(vary: Vary, tmp_path: Path) -> None:
     compare_losses(tmp_path, list(ENGINES), 1e-5)
 
 
+def test_killed_fine_tuning_resumes_bit_exactly(vary_chat: Vary, tmp_path: Path) -> None:
+    """Whole conversations in bins, noise on the embeddings, rows dealt by length."""
+    noise: dict[str, Any] = {"stage__neftune_alpha": 5.0}
+    engines = {
+        "zero2": {**ENGINES["zero2"], **noise},
+        "zero3": {**ENGINES["zero3"], **noise, "data__packing": False},
+    }
+    kill_and_resume(vary_chat, tmp_path, engines)
+
+
 @pytest.mark.usefixtures("cpu_adam")
 def test_killed_run_resumes_bit_exactly_with_cpu_offload(vary: Vary, tmp_path: Path) -> None:
     kill_and_resume(vary, tmp_path, {"zero0": ENGINES["zero0"], **OFFLOADED})

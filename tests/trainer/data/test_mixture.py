@@ -77,3 +77,39 @@ def test_sources_that_cannot_be_drawn_are_refused() -> None:
 @given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 200), st.integers(0, 200))
 def test_floor_sum_equals_the_sum(n: int, m: int, a: int, b: int) -> None:
     assert floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
+
+
+def test_weights_that_count_passes() -> None:
+    rows = {"a": 30, "b": 10, "c": 50}
+    mixture = Mixture({"a": 1.0, "b": 3.0, "c": 0.0}, rows, seed=0, by_pass=True)
+    assert mixture.rows_per_pass == 60
+    for num_passes in (1, 2, 7):
+        epochs = mixture.epochs_at(60 * num_passes)
+        assert epochs["a"] == pytest.approx(num_passes, abs=0.1)
+        assert epochs["b"] == pytest.approx(3 * num_passes, abs=0.3)
+        assert epochs["c"] == 0
+
+
+def test_one_source_is_passed_over_exactly() -> None:
+    mixture = Mixture({"a": 0.5}, {"a": 13}, seed=4, by_pass=True)
+    assert mixture.rows_per_pass == 6.5
+    assert mixture.epochs_at(26) == {"a": 2.0}
+
+
+def test_a_pass_over_shares_is_every_drawn_source_once() -> None:
+    mixture = Mixture({"a": 0.9, "b": 0.1, "c": 0.0}, {"a": 30, "b": 10, "c": 99}, seed=0)
+    assert mixture.rows_per_pass == 40
+
+
+@pytest.mark.parametrize(
+    ("passes", "rows_per_step", "expected"),
+    [(3, 8, 12), (1, 8, 4), (1, 7, 5), (0.1, 8, 1), (0.01, 8, 1), (0.7, 7, 4)],
+)
+def test_steps_of_passes(passes: float, rows_per_step: int, expected: int) -> None:
+    mixture = Mixture({"a": 1.0}, {"a": 32}, seed=0, by_pass=True)
+    assert mixture.num_steps(passes, rows_per_step) == expected
+
+
+def test_source_without_rows_is_refused_also_by_pass() -> None:
+    with pytest.raises(DataError, match=r"data.sources.a.weight=1, but no document"):
+        Mixture({"a": 1.0, "b": 1.0}, {"a": 0, "b": 3}, seed=0, by_pass=True)

@@ -1,0 +1,56 @@
+"""Noise on embeddings: its range, its place, its absence outside training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.models.noise import EmbeddingNoise
+
+WIDTH, ALPHA = 256, 5.0
+LENGTHS = [[40, 10], [7]]  # two documents and one, then padding
+ROW = 64
+
+
+def noisy(training: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return what an embedding of zeros returns for a packed batch."""
+    embedding = nn.Embedding(3, WIDTH, dtype=dtype).train(training)
+    nn.init.zeros_(embedding.weight)
+    noise = EmbeddingNoise(embedding, ALPHA)
+    noise.set_lengths(LENGTHS, ROW)
+    torch.manual_seed(0)
+    output: Tensor = embedding(torch.zeros(2, ROW, dtype=torch.long))
+    return output.detach()
+
+
+@pytest.mark.parametrize(
+    ("row", "start", "stop"), [(0, 0, 40), (0, 40, 50), (1, 0, 7)], ids=["40", "10", "7"]
+)
+def test_each_document_gets_noise_for_its_own_length(row: int, start: int, stop: int) -> None:
+    values = noisy()[row, start:stop]
+    bound = ALPHA / math.sqrt((stop - start) * WIDTH)
+    assert 0.99 * bound < values.abs().max() <= bound
+    assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert abs(values.mean().item()) < 0.1 * bound
+
+
+def test_padding_and_evaluation_get_none() -> None:
+    values = noisy()
+    assert not values[0, 50:].any() and not values[1, 7:].any()
+    assert not noisy(training=False).any()
+
+
+def test_the_generator_decides() -> None:
+    assert torch.equal(noisy(), noisy())
+    assert noisy(dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_gradients_pass_unchanged() -> None:
+    embedding = nn.Embedding(3, 4)
+    noise = EmbeddingNoise(embedding, ALPHA)
+    noise.set_lengths([[2]], 2)
+    embedding(torch.tensor([[0, 2]])).sum().backward()
+    assert embedding.weight.grad.tolist() == [[1.0] * 4, [0.0] * 4, [1.0] * 4]
