@@ -45,8 +45,9 @@ def test_data_files_of_packages_ship() -> None:
         for path in (ROOT / package).rglob("*"):
             if not path.is_file() or path.suffix in (".py", ".pyc"):
                 continue
-            owner = ".".join(path.parent.relative_to(ROOT).parts)
-            assert any(fnmatch(path.name, p) for p in patterns.get(owner, [])), path
+            owner = next(folder for folder in path.parents if (folder / "__init__.py").exists())
+            named = patterns.get(".".join(owner.relative_to(ROOT).parts), [])
+            assert any(fnmatch(str(path.relative_to(owner)), p) for p in named), path
 
 
 def test_every_package_has_an_init() -> None:

@@ -89,7 +89,7 @@ def test_prepare_prints_what_it_made_and_what_it_left_out(
     assert "text: no document is held out" in done.stdout
     (listed,) = tmp_path.glob("store/*/rejected.jsonl")
     assert json.loads(listed.read_text())["row"] == 501
-    assert "rejected rows and their reasons" in done.stdout
+    assert "rows left out and their reasons" in done.stdout
 
 
 def test_bad_input_is_one_line_and_its_exit_code(
@@ -99,6 +99,20 @@ def test_bad_input_is_one_line_and_its_exit_code(
     assert done.returncode == 65
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("kuroshio:")]
     assert "absent.jsonl' matches no file" in line and "Traceback" not in done.stderr
+
+
+def test_check_of_conversations(tmp_path: Path, tokenizer: Path) -> None:
+    path = tmp_path / "chats.csv"
+    rows = ["問題,回答", *(f"q{i},answer {i}" for i in range(9)), "q9,"]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    done = prepare(tmp_path, path, tokenizer, "stage=sft", "data.template=plain", "--check")
+    assert done.returncode == 65, done.stderr
+    assert "⟦answer 0</s>⟧" in done.stdout and "prompt=問題, response=回答" in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("kuroshio:")]
+    assert "text: 1 of 10 rows rejected, 10.00%" in line
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["text.rejected.jsonl"]
+    done = prepare(tmp_path, path, tokenizer, "stage=sft", "data.template=chatml", "--check")
+    assert done.returncode == 78 and "writes <|im_start|>, <|im_end|>" in done.stderr
 
 
 def test_mpi_ranks_make_the_same_store(tmp_path: Path, source: Path, tokenizer: Path) -> None:

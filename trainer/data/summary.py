@@ -120,7 +120,7 @@ def content_remarks(manifest: Any) -> Iterator[str]:
     if chats.get("long"):
         yield (
             f"{chats['long']:,} conversations were left out: not one turn of them fits into "
-            "data.max_length"
+            f"data.max_length; {lengths['percentile_95']:,} would hold 95 % of all"
         )
     if chats.get("spells_control"):
         yield (
