@@ -19,6 +19,7 @@ from trainer.models.noise import EmbeddingNoise
 from trainer.next_token import NextTokenStage
 from trainer.stage import Context
 
+LOW_ADAPTER_LR = 5e-5  # QLoRA took 2e-4 for models of 7 and 13 billion (arXiv:2305.14314)
 HELD_OUT_SAMPLES = 2  # questions taken from each source when no prompts are given
 
 
@@ -44,6 +45,16 @@ class Sft(NextTokenStage):
             if value < 0
         ]
         return problems + super().check(config)
+
+    def settle(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
+        """Settle the run's length; say when its learning rate is meant for other parameters."""
+        config, remarks = super().settle(config)
+        if config.peft.mode in ("lora", "qlora") and config.optim.lr < LOW_ADAPTER_LR:
+            remarks.append(
+                f"optim.lr={config.optim.lr:g} is little for peft.mode={config.peft.mode}: "
+                "adapters usually learn with 1e-4 to 3e-4"
+            )
+        return config, remarks
 
     def load_tokenizer(self, path: str) -> Any:
         """Return the tokenizer with the chat template that the run teaches."""

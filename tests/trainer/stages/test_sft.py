@@ -230,6 +230,18 @@ def test_settling_epochs(vary_chat: Vary, tmp_path: Path) -> None:
     assert doubled.loop.max_steps in (2 * steps - 1, 2 * steps)
 
 
+@pytest.mark.parametrize(
+    ("mode", "lr", "num"), [("lora", 2e-5, 1), ("lora", 2e-4, 0), ("full", 2e-5, 0)]
+)
+def test_learning_rate_of_full_training_is_remarked_on_for_adapters(
+    vary_chat: Vary, tmp_path: Path, mode: str, lr: float, num: int
+) -> None:
+    config = load_config(vary_chat(tmp_path, peft__mode=mode, optim__lr=lr))
+    _, remarks = Sft().settle(config)
+    assert len(remarks) == num
+    assert all(f"optim.lr={lr:g} is little for peft.mode={mode}" in line for line in remarks)
+
+
 def test_family_that_cannot_isolate_is_padded(vary_chat: Vary, tmp_path: Path) -> None:
     values = vary_chat(tmp_path)
     values["model"]["architecture"] = {"model_type": "bloom", "hidden_size": 32}
