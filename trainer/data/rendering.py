@@ -111,12 +111,17 @@ class Renderer:
             RowError: the template refuses these messages.
         """
         text = self.render(chat, tools)
-        turns = {
-            i: self._find_by_prefixes(chat, tools, i, text)
-            or self._find_by_mark(chat, tools, i, text)
-            for i in wanted
-        }
-        return Rendered(text, turns)
+        return Rendered(text, {i: self._find(chat, tools, i, text) for i in wanted})
+
+    def _find(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
+        for way in (self._find_by_prefixes, self._find_by_mark):
+            try:
+                turn = way(chat, tools, index, text)
+            except RowError:
+                continue  # the template takes the whole chat, but not a part or a mark in it
+            if turn is not None:
+                return turn
+        return None
 
     def _find_by_prefixes(self, chat: Chat, tools: Tools, index: int, text: str) -> Turn | None:
         if index == 0:

@@ -350,6 +350,67 @@ def test_a_template_that_refuses(byte_level: PreTrainedTokenizerFast) -> None:
         encode_conversation(byte_level, DIALOGUES[1], template=template)
 
 
+# What models' own templates do, each in its shortest form.
+OWN = {
+    "thoughts opened by the prompt": (
+        "{% for m in messages %}<|user|>{{ m.content }}{{ eos_token if m.role == 'assistant' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|user|><think>\n{% endif %}",
+        ["A1</s>", "A2</s>"],
+    ),
+    "two tokens after an answer": (
+        "{% for m in messages %}<|user|>{{ m.content | trim }}<|end|>"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}",
+        ["A1<|end|></s>", "A2<|end|></s>"],
+    ),
+    "the generation tag": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
+        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}\n"
+        "{% else %}<|user|>{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        ["A1<|end|>", "A2<|end|>"],
+    ),
+    "the system message in the last question": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
+        "{% elif m.role == 'user' %}[INST]{{ 'S!' if loop.index0 == messages | length - "
+        "(2 if messages[-1].role == 'assistant' else 1) }}{{ m.content }}[/INST]{% endif %}"
+        "{% endfor %}",
+        ["A1</s>", "A2</s>"],
+    ),
+    "a refusal to show a beginning": (
+        "{{ raise_exception('too short') if messages | length < 4 }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
+        ["A1<|end|>", "A2<|end|>"],
+    ),
+    "no end at all": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        ["A1\n", "A2\n</s>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("habit", OWN)
+def test_habits_of_models_own_templates(byte_level: PreTrainedTokenizerFast, habit: str) -> None:
+    template, expected = OWN[habit]
+    chat = Conversation(
+        (
+            Message(USER, "Q1"),
+            Message(ASSISTANT, "A1"),
+            Message(USER, "Q2"),
+            Message(ASSISTANT, "A2"),
+        )
+    )
+    row = encode_conversation(byte_level, chat, template=template)
+    (found,) = row.chats
+    runs = [said_by(byte_level, run) for run in learnt_runs(found)]
+    assert [run.lstrip(" ") for run in runs] == expected
+    exact = byte_level.apply_chat_template(
+        chat.as_chat(), chat_template=template, return_dict=False
+    )
+    assert found.input_ids.tolist()[: len(exact)] == exact
+
+
 def real_conversations() -> Iterator[Conversation]:
     """Yield 200 conversations of three real sets: calls, instructions, persona."""
     folder = SHARED / "sft" / "llama_factory"
