@@ -189,6 +189,23 @@ def test_prompts_are_prefixes_of_what_is_trained(
             assert len(prompt) - first <= 1
 
 
+@pytest.mark.parametrize("name", sorted({*builtin_templates()} - {"breeze", "qwen3"}))
+def test_turns_before_are_as_they_were(
+    tokenizers: list[PreTrainedTokenizerFast], name: str
+) -> None:
+    """Breeze ends the last answer only, Qwen3 has a place for thoughts in the last only."""
+    for tokenizer in tokenizers:
+        encoder = ChatEncoder(ChatSpec.of(tokenizer, resolve_template(tokenizer, name)))
+        whole = long_dialogue(4)
+        (full,) = encoder.encode(whole).chats
+        for num_turns in (1, 2, 3):
+            (begin,) = encoder.encode(Conversation(whole.messages[: 1 + 2 * num_turns])).chats
+            ends = int(np.flatnonzero(begin.weights)[-1])  # the token that ends the last answer
+            assert begin.input_ids[:ends].tolist() == full.input_ids[:ends].tolist()
+            assert begin.weights[: ends + 1].tolist() == full.weights[: ends + 1].tolist()
+            assert len(learnt_runs(begin)) == num_turns
+
+
 def test_end_tokens_are_learnt_and_nothing_after_them(
     byte_level: PreTrainedTokenizerFast,
 ) -> None:
