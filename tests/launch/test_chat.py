@@ -52,7 +52,10 @@ def shared_terminal(chat_folder: Path) -> Iterator[pexpect.spawn]:
     child.expect("context 256 tokens")
     child.expect("\n> ")
     yield child
-    child.close(force=True)
+    child.sendline("/exit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
 
 
 def say(terminal: pexpect.spawn, line: str) -> str:
@@ -128,30 +131,16 @@ def test_unknown_command_names_the_nearest(terminal: pexpect.spawn) -> None:
     assert "did you mean /reset" in say(terminal, "/rest")
 
 
-def test_persona_file_and_exit(chat_folder: Path, tmp_path: Path) -> None:
+def test_piped_lines_are_questions_and_stdout_has_only_answers(
+    chat_folder: Path, tmp_path: Path
+) -> None:
     persona = tmp_path / "poet.txt"
     persona.write_bytes(b"\xef\xbb\xbfYou are a poet.\n")
-    child = pexpect.spawn(
-        COMMAND[0],
-        [*COMMAND[1:], str(chat_folder), *GREEDY, f"persona={persona}"],
-        cwd=ROOT,
-        encoding="utf-8",
-        timeout=60,
-        env={**os.environ, "TERM": "dumb"},
-    )
-    child.expect("\n> ")
-    assert say(child, WHO) == "我是詩人。"
-    child.sendline("/exit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
-def test_piped_lines_are_questions_and_stdout_has_only_answers(chat_folder: Path) -> None:
-    text = f"{NAME}\n\n{WHO}\n/nonsense\n".encode() + b"broken \xff\n"
-    done = pipe(text, str(chat_folder), *GREEDY, LC_ALL="C")
+    text = f"{WHO}\n/system -\n{NAME}\n\n{WHO}\n/nonsense\n".encode() + b"broken \xff\n"
+    done = pipe(text, str(chat_folder), *GREEDY, f"persona={persona}", LC_ALL="C")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == [GREETING.strip(), KNOWN.strip()]
+    answers = ["我是詩人。", GREETING.strip(), KNOWN.strip()]
+    assert done.stdout.splitlines()[:3] == answers
     assert "/nonsense is no command" in done.stderr and "Traceback" not in done.stderr
 
 
