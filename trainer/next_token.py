@@ -15,7 +15,8 @@ import torch
 from tokenizer.load import check_pair, load_tokenizer
 from trainer.config import RunConfig
 from trainer.data.collate import Batch
-from trainer.data.loader import EvalLoader, TrainLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import TrainLoader
 from trainer.data.prepare import open_store
 from trainer.data.store import TokenStore
 from trainer.engine.engine import DTYPES

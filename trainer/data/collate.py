@@ -13,6 +13,10 @@ from torch import Tensor
 
 from trainer.losses.cross_entropy import IGNORE_INDEX
 
+# A batch's width is a multiple of this: tensor cores want 8, and a CPU's bf16 matmul keeps code for
+# every shape it has met, half a gigabyte for a few hundred of them.
+WIDTH_UNIT = 8
+
 
 @dataclass(frozen=True)
 class Row:
@@ -71,6 +75,12 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return sum(map(sum, self.piece_lengths))
+
+
+def batch_width(rows: Sequence[Row], max_length: int) -> int:
+    """Return the width of a batch: its longest row's, rounded up, at most ``max_length``."""
+    longest = max(2, *(sum(map(len, row.pieces)) for row in rows))
+    return min(-(-longest // WIDTH_UNIT) * WIDTH_UNIT, max_length)
 
 
 def collate(rows: Sequence[Row], *, length: int | None, pad_token_id: int, isolate: bool) -> Batch:

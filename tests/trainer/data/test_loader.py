@@ -14,7 +14,8 @@ import torch
 
 from trainer.config import DataConfig, SourceConfig, load_config
 from trainer.data.collate import Batch, Row, collate
-from trainer.data.loader import EvalLoader, TrainLoader
+from trainer.data.eval_loader import EvalLoader
+from trainer.data.loader import TrainLoader
 from trainer.data.prepare import open_store, prepare
 from trainer.data.store import TokenStore
 from trainer.errors import ConfigError, DataError
