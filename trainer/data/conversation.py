@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -41,8 +42,21 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
 
     def as_chat(self) -> list[dict[str, Any]]:
-        """Return the messages as ``apply_chat_template`` reads them."""
-        return [_as_chat(message) for message in self.messages]
+        """Return the messages as ``apply_chat_template`` reads them.
+
+        Calls are numbered, and results name theirs in order: some templates (Mistral's) refuse
+        calls without an id of nine letters and digits.
+        """
+        chat = [_as_chat(message) for message in self.messages]
+        ids = (f"call{number:05d}" for number in count())
+        waiting: list[str] = []
+        for message in chat:
+            for call in message.get("tool_calls", ()):
+                call["id"] = next(ids)
+                waiting.append(call["id"])
+            if message["role"] == "tool" and waiting:
+                message["tool_call_id"] = waiting.pop(0)
+        return chat
 
     def tool_schemas(self) -> list[dict[str, Any]] | None:
         """Return the tools as ``apply_chat_template`` reads them, None without any."""

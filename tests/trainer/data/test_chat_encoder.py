@@ -428,6 +428,25 @@ def test_habits_of_models_own_templates(byte_level: PreTrainedTokenizerFast, hab
     assert found.input_ids.tolist()[: len(exact)] == exact
 
 
+def test_calls_have_ids_and_results_name_them(byte_level: PreTrainedTokenizerFast) -> None:
+    calls = tuple({"name": name, "arguments": {}} for name in "fg")
+    messages = (
+        Message(USER, "q"),
+        Message(ASSISTANT, "", calls),
+        Message("tool", "1"),
+        Message("tool", "2"),
+        Message(ASSISTANT, "a"),
+    )
+    strict = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ raise_exception('no id') "
+        "if c.id | length != 9 }}{{ c.id }}{% endfor %}{{ m.tool_call_id }}{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    row = encode_conversation(byte_level, Conversation(messages), template=strict)
+    expected = "qcall00000call00001</s>call000001call000012a</s>"
+    assert row.chats[0].text == expected
+
+
 def real_conversations() -> Iterator[Conversation]:
     """Yield 200 conversations of three real sets: calls, instructions, persona."""
     folder = SHARED / "sft" / "llama_factory"
