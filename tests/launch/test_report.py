@@ -32,7 +32,8 @@ def journal_lines() -> list[dict[str, Any]]:
         lines.append(
             {"split": "train", "step": step, "time": 1e9 + step, "loss": 5 - step / 10, "lr": 3e-4,
              "grad_norm": "inf" if step == 4 else 0.75, "tokens": step * 1000,
-             "tokens_per_s": 8123.0, "memory_gib": 1.625, "mfu": 0.4321}
+             "tokens_per_s": 8123.0, "memory_gib": 1.625, "mfu": 0.4321,
+             "epoch": step / 8, "trained_share": 0.412, "padding_share": 0.0213}
         )  # fmt: skip
     for step, figure in ((0, 6.1234), (10, 4.4321), (30, 2.3456)):
         figures = {
@@ -101,6 +102,7 @@ def test_page_has_every_figure(run_dir: Path, capsys: pytest.CaptureFixture[str]
             for value in figures.values():
                 assert show_number(value) in page.text or f"{value:g}" in page.text, value
     for part in ("黑潮-tiny", "30 / 40", "not finished", "2.0000", "30.0k", "8.1k", "1.62 GiB",
+                 "3.75", "41.2%", "2.1%",
                  "43.2%", "1 not finite", "6.1234 → 2.3456", "-61.7 %", "+0.0 %", "epochs", "1.37",
                  "2.13.0", "node-7", "checkpoints/step-20", "resume", "臺灣的",
                  "0.00031", "Lives 2", "2026-01-02T03:04:05 b2 –"):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from launch.compose import compose_values
 from launch.rendezvous import Rendezvous
 from launch.summary import plan
 from launch.validation import Run, build_run
-from trainer.config import load_config
-from trainer.errors import ConfigError
+from trainer.config import RunConfig, load_config
+from trainer.errors import ConfigError, DataError
 from trainer.stage import Stage
 from trainer.stages import STAGES
 
@@ -144,9 +145,39 @@ class Plain(Stage):
     """A stage that needs ranks."""
 
 
-def plan_of(*overrides: str) -> dict[str, str]:
+class Unprepared(Plain):
+    """A stage whose data is not prepared."""
+
+    def settle(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
+        raise DataError("no tokens of text")
+
+
+class Settled(Plain):
+    """A stage that turns epochs into 7 steps."""
+
+    def settle(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
+        loop = dataclasses.replace(config.loop, max_steps=7)
+        return dataclasses.replace(config, loop=loop), ["first", "second"]
+
+
+def plan_of(*overrides: str, stage: type[Stage] = Plain) -> dict[str, str]:
     composed = load_config({**compose_values(overrides), "stage": {"name": "plain"}})
-    return dict(plan(Run(composed, Plain())))
+    return dict(plan(Run(composed, stage())))
+
+
+def test_plan_counts_the_steps_of_epochs_once_the_data_is_prepared() -> None:
+    words = [
+        "loop.epochs=2", "loop.max_steps=0", "data.weights_are=epochs", "schedule=wsd",
+        "schedule.warmup_share=0.03", "+data.sources.a={paths: [x.txt], weight: 3}",
+    ]  # fmt: skip
+    before = plan_of(*words, stage=Unprepared)
+    assert before["length"] == "2 epochs: as many steps as the prepared data takes"
+    assert before["remarks"] == "not prepared yet: no tokens of text"
+    assert "3% of the run" in before["learning rate"] and "last 20%" in before["learning rate"]
+    assert before["data"] == "3 x a: x.txt"
+    after = plan_of(*words, stage=Settled)
+    assert after["length"] == "2 epochs: 7 steps = 57,344 tokens"
+    assert (after["remarks"], after[""]) == ("first", "second")
 
 
 def test_plan_derives_what_no_key_sets() -> None:

@@ -216,4 +216,5 @@ def test_figures_for_people() -> None:
     assert [show_count(v) for v in (950, 12_345, 2.5e6, 3e9)] == ["950", "12.3k", "2.5M", "3.0G"]
     assert show_duration(90_061) == "25:01:01"
     assert show_duration(float("inf")) == "-:--:--"
-    assert describe_step({"loss": 1.0, "unknown": 2.0}) == "loss 1.0000"
+    shown = describe_step({"loss": 1.0, "unknown": 2.0, "epoch": 0.125})
+    assert shown == "epoch 0.12  loss 1.0000"
