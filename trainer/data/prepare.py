@@ -8,6 +8,7 @@ into shards that are written in one step, and the first to finish a source gives
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from trainer.data.chat_encoder import ChatSpec
 from trainer.data.encode import EncoderSpec
 from trainer.data.files import list_files
 from trainer.data.fingerprints import HASHES, SourcePlan, hash_file, plan_source
-from trainer.data.merge import commit_source
+from trainer.data.merge import REJECTED, commit_source
 from trainer.data.shards import Task
 from trainer.data.storage import naming_the_disk
 from trainer.data.store import MANIFEST, SourceStore, TokenStore, verify
+from trainer.data.summary import left_out
 from trainer.data.templates import resolve_template
 from trainer.data.workers import Spec, run_tasks
 from trainer.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 TASKS_PER_PROCESS = 4  # more parts than processes, so that all end at about the same time
 
@@ -189,9 +193,27 @@ def open_store(data: DataConfig, tokenizer_path: str | Path) -> TokenStore:
 def ensure_prepared(data: DataConfig, tokenizer_path: str | Path) -> TokenStore:
     """Open the store; prepare first what is missing. For one process, before ranks start."""
     plans = plan_sources(data, tokenizer_path)
-    if all(map(_is_committed, plans)):
+    missing = [plan for plan in plans if not _is_committed(plan)]
+    if not missing:
         return _open(plans, data)
-    return prepare(data, tokenizer_path)
+    store = prepare(data, tokenizer_path)
+    for plan in missing:
+        _warn(store.sources[plan.name])
+    return store
+
+
+def _warn(source: SourceStore) -> None:
+    """Say what was left out, where nobody looks at the table of ``kuroshio prepare``."""
+    num_left_out = left_out(source.manifest)
+    if num_left_out:
+        logger.warning(
+            "%s: %d of %d rows were left out; most often: %s; all are in %s",
+            source.name,
+            num_left_out,
+            source.manifest["rows"]["read"],
+            source.manifest["reasons"][0][0],
+            source.folder / REJECTED,
+        )
 
 
 def _is_committed(plan: SourcePlan) -> bool:

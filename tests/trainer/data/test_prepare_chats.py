@@ -119,6 +119,18 @@ def test_rows_add_up(tmp_path: Path, tokenizer_path: Path) -> None:
     assert "1 conversations spell a special token" in text
 
 
+def test_a_run_that_prepares_says_what_is_left_out(
+    tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ROWS, {"instruction": "long", "output": "word " * 400}]
+    data = make_data(tmp_path, write(tmp_path / "a.json", rows))
+    store = ensure_prepared(data, tokenizer_path)
+    listed = store.sources["chats"].folder / "rejected.jsonl"
+    (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "chats: 1 of 61 rows were left out; most often: longer than data.max_length=256" in said
+    assert str(listed) in said and listed.exists()
+
+
 def test_nothing_but_long_conversations(tmp_path: Path, tokenizer_path: Path) -> None:
     data = make_data(tmp_path, write(tmp_path / "a.json", ROWS), max_length=8)
     with pytest.raises(
