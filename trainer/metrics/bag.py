@@ -57,6 +57,7 @@ class MetricBag:
         # One and the layout's checksum travel along: equal layouts sum to ranks × checksum.
         head = torch.tensor([1.0, float(layout)], dtype=torch.float64, device=self._device)
         sums = [self._totals[name] for name in totals] + [self._counts[name] for name in counts]
+        sums = [value.to(self._device) for value in sums]
         flat = reduce(torch.cat([head, torch.stack(sums)]) if sums else head).tolist()
         if flat[1] != flat[0] * layout:
             raise RuntimeError(
@@ -70,10 +71,13 @@ class MetricBag:
         return values
 
     def _scalar(self, value: Tensor | float) -> Tensor:
-        """Return a detached float64 scalar on the bag's device."""
+        """Return a detached float64 scalar; a number stays on the host.
+
+        Moving it would wait for the device, adding it to a tensor there does not.
+        """
         if isinstance(value, Tensor):
             return value.detach().to(self._device, torch.float64)
-        return torch.tensor(value, dtype=torch.float64, device=self._device)
+        return torch.tensor(value, dtype=torch.float64)
 
     def _accumulate(self, sums: dict[str, Tensor], name: str, value: Tensor | float) -> None:
         scalar = self._scalar(value)
