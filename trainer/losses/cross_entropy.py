@@ -142,7 +142,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         real = weight[:num_real_rows]
         # Stored probabilities carry weight / heaviest, 1 at most, so that fp16 does not overflow.
-        heaviest = token_weights.max() if token_weights.any() else token_weights.new_ones(())
+        heaviest = torch.nn.functional.pad(token_weights, (0, 1)).max()
+        heaviest = heaviest.where(heaviest > 0, 1.0)
         scales = token_weights * (_storage_scale(hidden.dtype) / heaviest)
         for index in _chunks(targets, real):
             rows, wanted = hidden[index], targets[index]
