@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import run_folder
+from launch import cards, run_folder
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.engine.committed import Checkpoint
+    from trainer.engine.committed import Checkpoint, Reader
+    from trainer.models.export import Weights
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
+ADAPTER_MODES = ("lora", "qlora")
+QLORA_MERGE = {
+    "original": "merging into the unquantised base: training saw its {kind} form, so this model's "
+    "answers differ a little from those during training (--base=dequantized reproduces them)",
+    "dequantized": "merging into the base as its {kind} form computes: the model answers as it did "
+    "during training, and keeps the rounding of the quantisation in full-size weights",
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Export the newest (or a chosen) checkpoint of a run; return the exit code."""
     options = _parse(argv)
     config = load_config(run_folder.read(options.run / run_folder.CONFIG_FILE))
+    _refuse(config, options)
+    from trainer.engine.committed import find_checkpoint
+    from trainer.models.aside import written_aside
+
+    checkpoint = find_checkpoint(options.run / "checkpoints", options.step)
+    write = _write_adapter if options.adapter else _write_model
+    with written_aside(options.out) as folder:
+        facts = write(config, options, checkpoint, folder)
+        cards.write_card(config, options.run, checkpoint, folder, facts)
+    what = "adapter weights" if options.adapter else "parameters"
+    print(
+        f"{options.out}: {facts['num_params']:,} {what} in {facts['precision']}, "
+        f"step {checkpoint.step}"
+    )
+    return 0
+
+
+def _refuse(config: RunConfig, options: argparse.Namespace) -> None:
+    """Refuse what the run does not hold."""
     if config.stage["name"] == "vocab":
         raise ConfigError(
             f"{options.run} is a vocabulary run: its model is already a plain folder, "
             f"{options.run / 'model'}"
         )
-    from trainer.engine.committed import find_checkpoint
-    from trainer.models.aside import written_aside
-
-    checkpoint = find_checkpoint(options.run / "checkpoints", options.step)
-    with written_aside(options.out) as folder:
-        num_params, precision, num_padding = _write_model(config, options, checkpoint, folder)
-        _write_card(config, options.run, checkpoint, folder, num_params, precision, num_padding)
-    print(f"{options.out}: {num_params:,} parameters in {precision}, step {checkpoint.step}")
-    return 0
+    if options.adapter and config.peft.mode not in ADAPTER_MODES:
+        raise ConfigError(
+            f"--adapter: {options.run} was tuned with peft.mode={config.peft.mode} and has no "
+            "adapter; leave --adapter out"
+        )
+    if options.base == "dequantized" and (options.adapter or config.peft.mode != "qlora"):
+        raise ConfigError(
+            "--base=dequantized merges the adapter of a peft=qlora run into the base as that run "
+            f"saw it; {options.run} has peft.mode={config.peft.mode}"
+            f"{' and --adapter merges nothing' if options.adapter else ''}"
+        )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -46,6 +76,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=DTYPE_NAMES, default="auto", help="auto: the run's precision"
     )
     parser.add_argument(
+        "--adapter", action="store_true", help="write the adapter alone, in peft's format"
+    )
+    parser.add_argument(
+        "--base",
+        choices=("original", "dequantized"),
+        default="original",
+        help="of a qlora run: what the adapter is merged into",
+    )
+    parser.add_argument(
         "--max-shard-gb", type=float, default=4.0, help="largest file, in 1e9 bytes"
     )
     return parser.parse_args(argv)
@@ -53,86 +92,143 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _write_model(
     config: RunConfig, options: argparse.Namespace, checkpoint: Checkpoint, folder: Path
-) -> tuple[int, str, int]:
-    """Write weights, configs and tokenizer; return (parameters, precision, padding rows)."""
-    import torch
+) -> dict[str, Any]:
+    """Write the merged model and its tokenizer; return what the card says of them."""
     from rich.progress import track
     from transformers import GenerationConfig
 
-    from tokenizer.load import load_tokenizer, num_ids, sentencepiece_file, write_pair_manifest
-    from tokenizer.load import save_tokenizer as save
+    from tokenizer.load import load_tokenizer, num_ids, write_pair_manifest
     from trainer.engine.committed import Reader
-    from trainer.models.adapter_files import run_adapter
-    from trainer.models.export import Weights, write_shards
-    from trainer.models.load import find_aliases, make_config
+    from trainer.engine.precision import DTYPES
+    from trainer.models.export import write_shards
+    from trainer.models.load import make_config
 
-    tokenizer_path = options.run / "tokenizer"
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(options.run / "tokenizer")
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    precision = checkpoint.manifest["precision"] if options.dtype == "auto" else options.dtype
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model_config = make_config(config.model, num_ids(tokenizer), special)
-    model_config.dtype = dtype
+    precision = _precision(options, checkpoint)
+    model_config.dtype = DTYPES[precision]
     model_config.save_pretrained(folder)
-    reader = Reader(checkpoint)
-    base = Path(config.model.path) if config.model.path else None
-    adapter = run_adapter(options.run)
-    aliases = find_aliases(model_config)
-    weights = Weights(reader.shapes, reader.read_whole, base, adapter, aliases)
+    _copy_code(config, folder)
     num_params = write_shards(
-        weights,
+        _open_weights(config, options, model_config, Reader(checkpoint)),
         folder,
-        dtype,
+        DTYPES[precision],
         int(options.max_shard_gb * 1e9),
         lambda shards: track(shards, "writing shards", transient=True),
     )
     generation = {k: v for k, v in special.items() if v is not None}
-    padding = list(range(num_ids(tokenizer), model_config.vocab_size))
+    generation |= _stop_ids(config, tokenizer)
+    padding = list(range(num_ids(tokenizer), model_config.get_text_config().vocab_size))
     if padding:  # rows that pad the matrix to a round size are no tokens
         generation["suppress_tokens"] = padding
     GenerationConfig(**generation).save_pretrained(folder)
-    model_file = sentencepiece_file(tokenizer_path)
-    save(tokenizer, folder, model_file.read_bytes() if model_file else None)
+    _copy_tokenizer(tokenizer, options.run / "tokenizer", folder)
     write_pair_manifest(folder, folder)
-    return num_params, precision, len(padding)
+    return {
+        "num_params": num_params,
+        "precision": precision,
+        "num_padding": len(padding),
+        "is_adapter": False,
+        "base_kind": options.base,
+    }
 
 
-def _write_card(
-    config: RunConfig,
-    run_dir: Path,
-    checkpoint: Checkpoint,
-    folder: Path,
-    num_params: int,
-    precision: str,
-    num_padding: int,
-) -> None:
-    """Write README.md: data, hyperparameters and what was measured."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _open_weights(
+    config: RunConfig, options: argparse.Namespace, model_config: Any, reader: Reader
+) -> Weights:
+    """Return the run's final weights, to be read one at a time."""
+    from functools import partial
 
-    from trainer.metrics.journal import read_journal
+    from trainer.engine.precision import DTYPES
+    from trainer.models.adapter_files import run_adapter
+    from trainer.models.export import Weights, transposed_weights
+    from trainer.models.load import find_aliases, outline
+    from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
 
-    evaluations = [r for r in read_journal(run_dir / "metrics.jsonl") if r["split"] == "eval"]
-    evaluations = [r for r in evaluations if r["step"] <= checkpoint.step]
-    templates = Environment(
-        loader=PackageLoader("launch", "."), undefined=StrictUndefined, trim_blocks=True
+    model = outline(model_config)
+    if config.peft.mode == "qlora":
+        print(QLORA_MERGE[options.base].format(kind=config.peft.quantization))
+    as_trained = None
+    if options.base == "dequantized":
+        require_bitsandbytes()
+        dtype = DTYPES[reader.checkpoint.manifest["precision"]]
+        kind = config.peft.quantization
+        as_trained = partial(as_quantized, quantized_weights(model), kind, dtype)
+    return Weights(
+        reader.shapes,
+        reader.read_whole,
+        Path(config.model.path) if config.model.path else None,
+        run_adapter(options.run),
+        find_aliases(model_config),
+        transposed_weights(model),
+        as_trained,
     )
-    card = templates.get_template("model_card.md.j2").render(
-        config=config,
-        step=checkpoint.step,
-        tokens=checkpoint.state["tokens"],
-        num_params=num_params,
-        precision=precision,
-        num_ranks=checkpoint.manifest["world_size"],
-        zero_stage=checkpoint.manifest["zero_stage"],
-        shares=_shares(config),
-        num_padding=num_padding,
-        first=evaluations[0] if evaluations else None,
-        last=evaluations[-1] if evaluations else None,
+
+
+def _write_adapter(
+    config: RunConfig, options: argparse.Namespace, checkpoint: Checkpoint, folder: Path
+) -> dict[str, Any]:
+    """Write the adapter, its tokenizer and its base's identity; return what the card says."""
+    from tokenizer.load import MANIFEST_NAME, fingerprint, load_tokenizer
+    from trainer.engine.committed import Reader
+    from trainer.engine.precision import DTYPES
+    from trainer.models.adapter_files import FORMAT, describe_base, run_adapter
+    from trainer.models.adapter_files import write_adapter_config as write_config
+    from trainer.models.export import write_adapter
+
+    base, reader = describe_base(str(config.model.path)), Reader(checkpoint)
+    precision = _precision(options, checkpoint)
+    write_config(
+        folder,
+        {
+            **(run_adapter(options.run) or {}),
+            "base_model_name_or_path": base["name"],
+            "inference_mode": True,
+        },
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    num_params = write_adapter(reader.shapes, reader.read_whole, folder, DTYPES[precision])
+    path = options.run / "tokenizer"
+    _copy_tokenizer(load_tokenizer(path), path, folder)
+    quantization = config.peft.quantization if config.peft.mode == "qlora" else None
+    manifest = {
+        "format": FORMAT,
+        "base": base,
+        "trained_on_quantization": quantization,
+        "tokenizer_fingerprint": fingerprint(folder),
+        "stage": config.stage["name"],
+        "step": checkpoint.step,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    return {"num_params": num_params, "precision": precision, "num_padding": 0, "is_adapter": True}
 
 
-def _shares(config: RunConfig) -> dict[str, float]:
-    """Return each source's share of the training rows."""
-    total: Any = sum(source.weight for source in config.data.sources.values()) or 1.0
-    return {name: source.weight / total for name, source in config.data.sources.items()}
+def _precision(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    return str(checkpoint.manifest["precision"] if options.dtype == "auto" else options.dtype)
+
+
+def _copy_tokenizer(tokenizer: Any, path: Path, folder: Path) -> None:
+    from tokenizer.load import save_tokenizer, sentencepiece_file
+
+    model_file = sentencepiece_file(path)
+    save_tokenizer(tokenizer, folder, model_file.read_bytes() if model_file else None)
+
+
+def _copy_code(config: RunConfig, folder: Path) -> None:
+    """Keep a model's own code beside it; loading it elsewhere asks for permission again."""
+    if config.model.trust_remote_code and config.model.path:
+        base = Path(config.model.path)
+        for file in sorted(base.rglob("*.py")):
+            target = folder / file.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+
+
+def _stop_ids(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return the ids that end an answer, for a model tuned on conversations."""
+    from trainer.data.chat import stop_token_ids
+
+    if config.data.content != "conversations":
+        return {}
+    return {"eos_token_id": stop_token_ids(tokenizer)}

@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import initialize_weights_zero3
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
-from trainer.models.quantize import Quantization, load_quantized
+from trainer.models.quantize import Quantization, quantize_layers
 from trainer.models.remote_code import runs_own_code
 
 LOG = logging.getLogger(__name__)
@@ -146,14 +146,16 @@ def load_model(
         quantization: of the linear layers of a model folder.
     """
     own_code = _brings_code(config)
-    if model.path is not None and quantization is not None:
-        return load_quantized(model.path, dtype, quantization, own_code)
-    if model.path is not None and partitioning is None:
+    if quantization is not None:
+        partitioning = None
+    elif model.path is not None and partitioning is None:
         return _from_folder(model.path, dtype, own_code)
     # Constructors would draw numbers and fill memory that are thrown away.
     with partitioning.construction() if partitioning else nullcontext(), no_init_weights():
         created = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code)
-    if model.path is None:
+    if model.path is not None and quantization is not None:
+        _quantize(created, Path(model.path), dtype, quantization)
+    elif model.path is None:
         _initialise(created, seed, partitioning is not None)
     elif partitioning and not _stream(created, Path(model.path), partitioning):
         LOG.warning(
@@ -185,6 +187,36 @@ def _initialise(model: PreTrainedModel, seed: int, partitioned: bool) -> None:
 
 def _stream(model: PreTrainedModel, folder: Path, partitioning: Partitioning) -> bool:
     """Fill a split model one parameter at a time; return False if its files name others."""
+    stored = _open_matching(model, folder)
+    if stored is None:
+        return False
+    trim = _Trimming()
+    for name, param in model.named_parameters():
+        partitioning.fill(param, partial(stored[name].get_tensor, name))
+        trim(math.prod(_shape(param)) * param.element_size())
+    return True
+
+
+def _quantize(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, quantization: Quantization
+) -> None:
+    """Fill a model, its linear layers quantised.
+
+    Raises:
+        ConfigError: its files name other parameters.
+    """
+    stored = _open_matching(model, folder)
+    if stored is None:
+        raise ConfigError(
+            f"model.path={folder}: its files hold parameters under other names or shapes than "
+            f"{type(model).__name__}, so they cannot be quantised one by one; load and save it "
+            "once with transformers' save_pretrained, or use peft=lora"
+        )
+    quantize_layers(model, stored, dtype, quantization, _Trimming())
+
+
+def _open_matching(model: PreTrainedModel, folder: Path) -> dict[str, Any] | None:
+    """Return the open file of every parameter, or None if the files name others."""
     model.tie_weights()
     params = dict(model.named_parameters())
     everything = dict(model.named_parameters(remove_duplicate=False))
@@ -192,19 +224,30 @@ def _stream(model: PreTrainedModel, folder: Path, partitioning: Partitioning) ->
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, "pt")
         stored.update(dict.fromkeys(file.keys(), file))
-    shapes = {n: list(vars(p).get("ds_shape", p.shape)) for n, p in params.items()}
-    same = all(n in stored and stored[n].get_slice(n).get_shape() == shapes[n] for n in params)
-    if not same or stored.keys() - everything.keys():
-        return False
-    _return_freed_memory()  # of the construction
-    since_trim = 0
-    for name, param in params.items():
-        partitioning.fill(param, partial(stored[name].get_tensor, name))
-        since_trim += math.prod(shapes[name]) * param.element_size()
-        if since_trim > TRIM_BYTES:
+    same = all(
+        n in stored and stored[n].get_slice(n).get_shape() == _shape(p) for n, p in params.items()
+    )
+    return stored if same and not stored.keys() - everything.keys() else None
+
+
+def _shape(param: torch.nn.Parameter) -> list[int]:
+    """Return the shape of a parameter, split by ZeRO-3 or not."""
+    return list(vars(param).get("ds_shape", param.shape))
+
+
+class _Trimming:
+    """Gives freed memory back from time to time: at first that of the construction."""
+
+    def __init__(self) -> None:
+        self._num_bytes = 0
+        _return_freed_memory()
+
+    def __call__(self, num_bytes: int) -> None:
+        """Note that a tensor of ``num_bytes`` was read."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > TRIM_BYTES:
             _return_freed_memory()
-            since_trim = 0
-    return True
+            self._num_bytes = 0
 
 
 def _return_freed_memory() -> None:

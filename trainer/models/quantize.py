@@ -1,20 +1,21 @@
 """Frozen linear layers whose weights are stored in 4 or 8 bits (QLoRA, arXiv:2305.14314).
 
-bitsandbytes quantises each weight as transformers reads it, so that no rank holds the model in full
-precision. The layers of bitsandbytes are then replaced by ``QuantizedLinear``: theirs keep further
-references to the weight (for the backward pass, for int8's statistics) and rearrange it for CPU
-inference, neither of which survives ZeRO-3, where a parameter's storage comes and goes.
+bitsandbytes quantises and computes back; each weight is quantised as it is read, so that no rank
+holds the model in full precision (transformers' own quantised loading keeps several times that in
+memory on a CPU). The layers are ours: those of bitsandbytes keep further references to a weight,
+for the backward pass and int8's statistics, and rearrange it for CPU inference, neither of which
+survives ZeRO-3, where a parameter's storage comes and goes.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -23,8 +24,6 @@ from trainer.errors import ConfigError
 
 Quantization = Literal["nf4", "int8"]
 INSTALL = "pip install 'bitsandbytes>=0.48'"
-# What transformers notes on a model that it quantised; the replaced layers are ordinary ones.
-NOTES = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer")
 
 
 def require_bitsandbytes() -> None:
@@ -117,81 +116,108 @@ class _Unpack8bit:
         return (packed * (self.largest / 127)[:, None]).to(self.dtype)
 
 
-def load_quantized(
-    path: str, dtype: torch.dtype, kind: Quantization, own_code: bool = False
-) -> PreTrainedModel:
-    """Load a model with every linear layer quantised except the output embedding.
+def quantize_layers(
+    model: PreTrainedModel,
+    stored: Mapping[str, Any],
+    dtype: torch.dtype,
+    kind: Quantization,
+    after_each: Callable[[int], None],
+) -> None:
+    """Fill a freshly constructed model, quantising its linear layers one tensor at a time.
 
-    Each rank holds the whole model in its quantised form until ZeRO-3 splits it; of the full
-    precision only the tensors being read.
+    All linear layers inside the model are quantised, the output embedding is not.
 
     Args:
-        path: model folder.
-        dtype: of everything else, and of the arithmetic.
+        model: constructed without values.
+        stored: parameter name → open safetensors file that holds it.
+        dtype: of everything that is not quantised, and of the arithmetic.
         kind: ``nf4`` (with double quantisation) or ``int8``.
-        own_code: whether the folder's own code is run.
+        after_each: called with the bytes that a tensor took before it was quantised.
     """
-    require_bitsandbytes()
-    settings = BitsAndBytesConfig(
-        load_in_4bit=kind == "nf4",
-        load_in_8bit=kind == "int8",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=own_code,
-        quantization_config=settings,
-    )
-    _adopt_layers(model, dtype)
-    for note in NOTES:
-        vars(model).pop(note, None)
-    del model.config.quantization_config
-    return model
+    names = quantized_weights(model)
+    for name, param in list(model.named_parameters()):
+        value = stored[name].get_tensor(name)
+        size = value.numel() * value.element_size()
+        if name in names:
+            path = name.removesuffix(".weight")
+            weight = (value.T if names[name] else value).to(device)
+            bias = model.get_submodule(path).bias
+            model.set_submodule(path, _quantize_layer(weight, bias, dtype, kind))
+            del weight
+        else:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            with torch.no_grad():  # a bias has moved into the layer that was quantised
+                owner.get_parameter(name.rpartition(".")[2]).copy_(value)
+        del param, value
+        after_each(size)
 
 
-def _adopt_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace the layers of bitsandbytes by ours, around the same storage."""
+def _quantize_layer(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: Quantization
+) -> QuantizedLinear:
+    """Return the layer of ``weight [out, in]``."""
+    packed, unpack = quantize(weight, dtype, kind)
+    shape = (weight.shape[0], weight.shape[1])
+    return QuantizedLinear(packed, unpack, shape, None if bias is None else bias.data)
+
+
+def quantize(
+    weight: Tensor, dtype: torch.dtype, kind: Quantization
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the stored form of ``weight [out, in]``, and the function that computes it back.
+
+    Args:
+        weight: in any floating dtype; it is rounded to ``dtype`` first.
+        dtype: of the arithmetic.
+        kind: ``nf4`` or ``int8``.
+    """
     import bitsandbytes as bnb
 
-    for path, layer in list(model.named_modules()):
-        unpack: Callable[[Tensor], Tensor]
-        if isinstance(layer, bnb.nn.Linear4bit):
-            unpack = _Unpack4bit(layer.weight.quant_state, dtype)
-        elif isinstance(layer, bnb.nn.Linear8bitLt):
-            unpack = _Unpack8bit(layer.weight.SCB, dtype)
-        else:
-            continue
-        bias = None if layer.bias is None else layer.bias.data
-        shape = (layer.out_features, layer.in_features)
-        model.set_submodule(path, QuantizedLinear(layer.weight.data, unpack, shape, bias))
+    weight = weight.to(dtype).contiguous()
+    if kind == "nf4":
+        packed, state = bnb.functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        return packed, _Unpack4bit(state, dtype)
+    packed, largest, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    return packed, _Unpack8bit(largest, dtype)
 
 
-def quantized_weights(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights that ``load_quantized`` quantises (of any device, or meta).
+def quantized_weights(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the weights that ``load_quantized`` quantises: name → whether stored as [in, out].
 
     Args:
-        model: the same architecture, not quantised.
+        model: the same architecture, not quantised; on any device, also meta.
     """
     skipped = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     return {
-        f"{name}.weight"
+        f"{name}.weight": isinstance(module, Conv1D)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, skipped)
     }
 
 
-def round_trip(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Tensor:
-    """Return what a quantised layer computes with instead of ``weight [out, in]``, fp32."""
-    import bitsandbytes as bnb
+def as_quantized(
+    names: Mapping[str, bool], kind: Quantization, dtype: torch.dtype, name: str, weight: Tensor
+) -> Tensor:
+    """Return what a quantised model computes with instead of a weight, fp32.
 
-    if kind == "nf4":
-        packed, state = bnb.functional.quantize_4bit(
-            weight.to(dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
-        )
-        return _Unpack4bit(state, dtype)(packed).float()
-    packed, largest, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
-    return _Unpack8bit(largest, dtype)(packed).float()
+    Args:
+        names: from ``quantized_weights``; other weights come back as they are.
+        kind: of the quantisation.
+        dtype: in which the quantised model computed.
+        name: of the weight.
+        weight: its value in full precision.
+    """
+    if name not in names:
+        return weight
+    return _round_trip(weight.T, kind, dtype).T if names[name] else _round_trip(weight, kind, dtype)
+
+
+def _round_trip(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Tensor:
+    """Quantise ``weight [out, in]`` and compute it back, fp32."""
+    packed, unpack = quantize(weight, dtype, kind)
+    return unpack(packed).float()
