@@ -51,7 +51,7 @@ class Decoding:
             (all(self.stop), "stop", "texts of at least one character"),
         ]
         found = [
-            f"{key}={getattr(self, key)!r}: expected {expected}"
+            f"{key}={vars(self)[key]!r}: expected {expected}"
             for good, key, expected in rules
             if not good
         ]
