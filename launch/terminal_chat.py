@@ -63,7 +63,8 @@ class TerminalChat:
 
     def run(self) -> None:
         """Answer line after line; an error is shown and the talk goes on."""
-        self._note("/help lists the commands")
+        if sys.stdin.isatty():
+            self._note("/help lists the commands")
         for line in read_lines():
             try:
                 self._take(line)
