@@ -141,12 +141,14 @@ def _open_weights(
     from functools import partial
 
     from trainer.engine.precision import DTYPES
-    from trainer.models.adapter_files import run_adapter
+    from trainer.models.adapter_files import FOLDER, keep_base, run_adapter
     from trainer.models.export import Weights, transposed_weights
     from trainer.models.load import find_aliases, outline
     from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
 
     model = outline(model_config)
+    if config.peft.mode in ADAPTER_MODES:
+        keep_base(options.run / FOLDER, str(config.model.path))
     if config.peft.mode == "qlora":
         print(QLORA_MERGE[options.base].format(kind=config.peft.quantization))
     as_trained = None
@@ -173,11 +175,11 @@ def _write_adapter(
     from tokenizer.load import MANIFEST_NAME, fingerprint, load_tokenizer
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
-    from trainer.models.adapter_files import FORMAT, describe_base, run_adapter
+    from trainer.models.adapter_files import FOLDER, FORMAT, keep_base, run_adapter
     from trainer.models.adapter_files import write_adapter_config as write_config
     from trainer.models.export import write_adapter
 
-    base, reader = describe_base(str(config.model.path)), Reader(checkpoint)
+    base, reader = keep_base(options.run / FOLDER, str(config.model.path)), Reader(checkpoint)
     precision = _precision(options, checkpoint)
     write_config(
         folder,

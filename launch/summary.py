@@ -10,7 +10,7 @@ from rich.table import Table
 
 from launch import run_folder
 from launch.validation import Run, settle
-from trainer.config import RunConfig, grad_accum_steps
+from trainer.config import PeftConfig, RunConfig, grad_accum_steps
 from trainer.errors import DataError
 
 Row = tuple[str, str]
@@ -71,14 +71,24 @@ def _model(config: RunConfig) -> list[Row]:
         if place != "none"
     ]
     precision = "auto (bf16 where the device computes it natively)"
-    trained = {"freeze": f"freeze, trains {peft.trainable}", "lora": f"lora, rank {peft.rank}"}
     return [
         ("model", f"{config.model.name}: {config.model.path or 'from scratch'}"),
         ("tokenizer", config.tokenizer.path or "the model folder's own"),
-        ("trained", trained.get(peft.mode, "every parameter")),
+        ("trained", _trained(peft)),
         ("engine", ", ".join([f"ZeRO-{engine.zero_stage}", *offload])),
         ("precision", precision if engine.precision == "auto" else engine.precision),
     ]
+
+
+def _trained(peft: PeftConfig) -> str:
+    """Return which parameters the run trains."""
+    if peft.mode == "full":
+        return "every parameter"
+    if peft.mode == "freeze":
+        last = f"the last {peft.trainable_layers} layers" if peft.trainable_layers else None
+        return f"freeze, trains {' and '.join(filter(None, (peft.trainable, last)))}"
+    words = f"lora, rank {peft.rank}" if peft.adapter is None else f"the adapter {peft.adapter}"
+    return f"{words}, on a base in {peft.quantization}" if peft.mode == "qlora" else words
 
 
 def _batch(config: RunConfig) -> list[Row]:

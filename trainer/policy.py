@@ -72,7 +72,7 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
         fill = split.fill if split else fill_plain
         adapted = apply_peft(model, config.peft, config.model.path, fill)
     if adapted is not model and context.rank == 0:
-        keep_adapter_config(adapted, context.run_dir / FOLDER)
+        keep_adapter_config(adapted, context.run_dir / FOLDER, str(config.model.path))
     if config.engine.activation_checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
         adapted.enable_input_require_grads()

@@ -22,6 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT = "kuroshio-adapter-1"
 FOLDER = "adapter"  # of a run: the settings of its adapters, in peft's format
+BASE_NAME = "base.json"  # there: name and identity of the base
 NAME = "default"  # peft's name of the one adapter of a model, in parameter names only
 ADAPTED = "base_model.model."  # what peft puts before the names of the model it wraps
 
@@ -128,6 +129,28 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             "supported; merge it with peft's merge_and_unload and start from the merged model"
         )
     return config
+
+
+def keep_base(folder: Path, base: str) -> dict[str, str]:
+    """Note in a run's adapter folder which base it is trained on, or find the same one noted.
+
+    Returns:
+        Name and identity of the base.
+
+    Raises:
+        ConfigError: the weights in ``base`` are not those that the run began with.
+    """
+    path, now = folder / BASE_NAME, describe_base(base)
+    if not path.is_file():
+        path.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    if before["identity"] != now["identity"]:
+        raise ConfigError(
+            f"model.path={base} has changed since the run {folder.parent} began on it (identity "
+            f"{before['identity'][:12]} then, {now['identity'][:12]} now): its adapter belongs to "
+            "the old weights; bring them back"
+        )
+    return before
 
 
 def run_adapter(run_dir: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from trainer.models.adapter_files import (
     NAME,
     AdapterFiles,
     file_name,
+    keep_base,
     write_adapter_config,
 )
 from trainer.models.families import ALL_LINEAR, lora_targets
@@ -87,9 +88,14 @@ def apply_peft(
     return adapted
 
 
-def keep_adapter_config(adapted: PeftModel, folder: Path) -> None:
-    """Write the adapters' settings, which exports of the run need, into a folder of the run."""
+def keep_adapter_config(adapted: PeftModel, folder: Path, base: str) -> None:
+    """Write what exports of the run need, the adapters' settings and base, into the run.
+
+    Raises:
+        ConfigError: the base is another one than when the run began.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    keep_base(folder, base)
     plain = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in adapted.peft_config[NAME].to_dict().items()

@@ -213,6 +213,7 @@ def _quantize(
             "once with transformers' save_pretrained, or use peft=lora"
         )
     quantize_layers(model, stored, dtype, quantization, _Trimming())
+    _return_freed_memory()
 
 
 def _open_matching(model: PreTrainedModel, folder: Path) -> dict[str, Any] | None:
