@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.masking_utils import create_causal_mask
 
 from trainer.models import attention
 from trainer.models.attention import (
@@ -288,3 +289,22 @@ def test_generation_equals_plain_attention() -> None:
 def test_other_attention_maths_keep_their_implementation(variant: str) -> None:
     assert variant in TINY
     assert tiny_model(variant).config._attn_implementation != DOCUMENTS
+
+
+def test_a_family_s_own_pattern_keeps_documents_apart() -> None:
+    """Where a model changes what is seen, only a mask can say so; documents still bound it."""
+    model = tiny_model("llama")
+    position_ids = positions((3, 5))
+    with isolated_documents(model, position_ids):
+        mask = create_causal_mask(
+            config=model.config,
+            inputs_embeds=torch.zeros(1, 8, 32),
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+            or_mask_function=lambda row, head, query, key: key == query + 1,
+        )
+    at = torch.arange(8)
+    document = (at >= 3).long()
+    expected = (at <= at[:, None] + 1) & (document == document[:, None])
+    assert torch.equal(mask[0, 0], expected)
