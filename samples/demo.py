@@ -44,7 +44,7 @@ TUNING = [
     "data=chat_samples",
     "data.template=chatml",  # the base has none of its own
     "loop.global_batch_tokens=4096",
-    "loop.epochs=20",
+    "loop.epochs=10",
     "optim.lr=3e-3",
     "loop.log_every=20",
     "loop.save_every=100",
@@ -65,6 +65,7 @@ def main() -> None:
     """Run the steps one after another; each is a command that a user would type."""
     start = time.time()
     os.chdir(ROOT)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     out = Path(os.environ.get("DEMO_DIR", "runs/demo"))
     store = f"data.store_dir={out}/store"
     make_base_tokenizer(out / "base_tokenizer")
