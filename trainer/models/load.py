@@ -209,18 +209,21 @@ def _quantize(
     if stored is None:
         raise ConfigError(
             f"model.path={folder}: its files hold parameters under other names or shapes than "
-            f"{type(model).__name__}, so they cannot be quantised one by one; load and save it "
-            "once with transformers' save_pretrained, or use peft=lora"
+            f"{type(model).__name__}, so they cannot be quantised one by one. Loading and saving "
+            "it once with transformers' save_pretrained renames them, except in mixtures of "
+            "experts; or use peft=lora"
         )
     quantize_layers(model, stored, dtype, quantization, _Trimming())
     _return_freed_memory()
 
 
 def _open_matching(model: PreTrainedModel, folder: Path) -> dict[str, Any] | None:
-    """Return the open file of every parameter, or None if the files name others."""
+    """Return the open file of every parameter, or None if the files name others.
+
+    What the files hold beside them (old LLaMA files have rotary frequencies) is not read.
+    """
     model.tie_weights()
     params = dict(model.named_parameters())
-    everything = dict(model.named_parameters(remove_duplicate=False))
     stored = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, "pt")
@@ -228,7 +231,7 @@ def _open_matching(model: PreTrainedModel, folder: Path) -> dict[str, Any] | Non
     same = all(
         n in stored and stored[n].get_slice(n).get_shape() == _shape(p) for n, p in params.items()
     )
-    return stored if same and not stored.keys() - everything.keys() else None
+    return stored if same else None
 
 
 def _shape(param: torch.nn.Parameter) -> list[int]:

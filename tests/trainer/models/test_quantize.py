@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainer.config import ModelConfig
 from trainer.errors import ConfigError
-from trainer.models.load import outline
+from trainer.models.load import load_model, make_config, outline
 from trainer.models.quantize import (
     QuantizedLinear,
     as_quantized,
@@ -78,6 +81,31 @@ def test_output_embedding_stays_as_it_is() -> None:
     assert len(names) == 14 and "lm_head.weight" not in names and not any(names.values())
     gpt2 = AutoConfig.for_model("gpt2", vocab_size=32, n_embd=8, n_layer=1, n_head=1)
     assert all(quantized_weights(AutoModelForCausalLM.from_config(gpt2)).values())
+
+
+def test_folder_may_hold_more_than_the_model_but_not_other_names(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=1, attention_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(plain.model.layers[0].self_attn.q_proj.bias)
+    plain.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    save_file({**stored, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}, file)
+    model = ModelConfig("m", str(tmp_path))
+    loaded = load_model(model, make_config(model, 32, {}), torch.float32, 0, None, "int8")
+    layer = loaded.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, QuantizedLinear)
+    assert torch.equal(layer.bias, plain.model.layers[0].self_attn.q_proj.bias)
+    assert torch.equal(loaded.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, rtol=0, atol=2e-2)
+    save_file({f"other.{name}": value for name, value in stored.items()}, file)
+    with pytest.raises(ConfigError, match="under other names or shapes than LlamaForCausalLM"):
+        load_model(model, make_config(model, 32, {}), torch.float32, 0, None, "int8")
 
 
 def test_missing_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
