@@ -24,7 +24,7 @@ from trainer.models.adapters import (
 from trainer.models.aside import written_aside
 from trainer.models.head import install_fused_head, supports_fused_head
 from trainer.models.language_model import PREFIX, LanguageModel
-from trainer.models.load import load_model, make_config, measure
+from trainer.models.load import load_model, make_config, measure, return_freed_memory
 from trainer.models.quantize import require_bitsandbytes
 from trainer.stage import Context
 
@@ -71,6 +71,8 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
     with split.transformers_loading() if split else nullcontext():
         fill = split.fill if split else fill_plain
         adapted = apply_peft(model, config.peft, config.model.path, fill)
+    if quantization is not None:
+        return_freed_memory()  # peft looks at every weight, which computes it
     if adapted is not model and context.rank == 0:
         keep_adapter_config(adapted, context.run_dir / FOLDER, str(config.model.path))
     if config.engine.activation_checkpointing:

@@ -214,7 +214,7 @@ def _quantize(
             "experts; or use peft=lora"
         )
     quantize_layers(model, stored, dtype, quantization, _Trimming())
-    _return_freed_memory()
+    return_freed_memory()
 
 
 def _open_matching(model: PreTrainedModel, folder: Path) -> dict[str, Any] | None:
@@ -244,17 +244,17 @@ class _Trimming:
 
     def __init__(self) -> None:
         self._num_bytes = 0
-        _return_freed_memory()
+        return_freed_memory()
 
     def __call__(self, num_bytes: int) -> None:
         """Note that a tensor of ``num_bytes`` was read."""
         self._num_bytes += num_bytes
         if self._num_bytes > TRIM_BYTES:
-            _return_freed_memory()
+            return_freed_memory()
             self._num_bytes = 0
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give freed memory back to the system; glibc would keep it, up to a whole copy in the end."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
