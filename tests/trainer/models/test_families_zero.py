@@ -1,0 +1,69 @@
+"""Every family through whole runs on two ranks: ZeRO-3 trains as ZeRO-0 and exports plainly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from family_models import SIZES, TINY
+from training_support import largest_difference, read_losses, read_masters, run_scenarios
+from transformers import AutoModelForCausalLM
+
+from launch import export
+
+TOKENIZERS = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+def make_config(base: dict[str, Any], variant: str, zero_stage: int, folder: Path) -> Any:
+    """Return the config of a run of two steps; the tokenizer gives the vocabulary."""
+    model_type, sizes = TINY[variant]
+    values = {k: v for k, v in {**SIZES, **sizes}.items() if v is not None and k not in TOKENIZERS}
+    config = copy.deepcopy(base)
+    config["run_dir"] = str(folder / f"{variant}_{zero_stage}")
+    config["model"]["architecture"] = {"model_type": model_type, **values}
+    config["engine"]["zero_stage"] = zero_stage
+    config["loop"] |= {"max_steps": 2, "keep_last": 1}
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, base_config: dict[str, Any]) -> Path:
+    """Train all families under both stages, in one group of processes; export those split."""
+    folder = tmp_path_factory.mktemp("families")
+    configs = [make_config(base_config, v, stage, folder) for v in TINY for stage in (0, 3)]
+    done = run_scenarios(
+        [{"config": config, "split_everything": True} for config in configs], 2, folder, 2400
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    for config in configs[1::2]:
+        run_dir = Path(config["run_dir"])
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+        export.main([str(run_dir), str(run_dir / "model")])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", TINY)
+def test_splitting_changes_nothing(folder: Path, variant: str) -> None:
+    whole, split = folder / f"{variant}_0", folder / f"{variant}_3"
+    losses, others = read_losses(whole), read_losses(split)
+    assert len(losses) == 2
+    assert losses == {step: pytest.approx(others[step], rel=1e-5) for step in losses}
+    assert largest_difference(read_masters(whole), read_masters(split)) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", TINY)
+def test_the_export_is_the_trained_model(folder: Path, variant: str) -> None:
+    split = folder / f"{variant}_3"
+    model, info = AutoModelForCausalLM.from_pretrained(split / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    masters = read_masters(split)
+    params = dict(model.named_parameters())
+    assert params.keys() == masters.keys()
+    for name, master in masters.items():
+        assert torch.equal(params[name][: len(master)], master[: len(params[name])]), name
