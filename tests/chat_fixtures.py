@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 # Small enough to learn in seconds. The tokenizer has no Chinese pieces: every character is three
 # byte tokens, which streaming must put together again.
@@ -47,6 +46,7 @@ def chat_folder(english_tokenizer: Path, tmp_path_factory: pytest.TempPathFactor
 
 def learn_by_heart(tokenizer: Any) -> Any:
     """Train a model on ``LEARNT`` until it repeats it."""
+    import torch  # here: the number of threads is set after this file is read
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
