@@ -16,6 +16,9 @@ IGNORE_INDEX = -100  # a target that is no target; torch and transformers use th
 
 CHUNK_BYTES = 128 * 2**20  # logits that exist at one time
 CPU_TILE_BYTES = 16 * 2**20  # fp32 softmax rows of one pass: few barriers, yet near the cache
+# Tokens of a chunk are a multiple of this where a CPU multiplies in low precision: it compiles and
+# keeps code for every new number of rows, megabytes each.
+CPU_CHUNK_UNIT = 64
 VOCAB_BLOCK = 4096  # rows of the weight whose gradient is added up at one time
 
 
@@ -121,7 +124,8 @@ def linear_nll(
     weight = weight[:num_real_rows]
     nll = torch.zeros_like(targets, dtype=_wide(hidden.dtype))
     for index in _chunks(targets, weight):
-        nll[index], _ = _softmax(hidden[index], weight, targets[index], None)
+        filled = _filled(index, hidden)
+        nll[index] = _softmax(hidden[filled], weight, targets[filled], None)[0][: len(index)]
     return nll
 
 
@@ -146,14 +150,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         heaviest = heaviest.where(heaviest > 0, 1.0)
         scales = token_weights * (_storage_scale(hidden.dtype) / heaviest)
         for index in _chunks(targets, real):
-            rows, wanted = hidden[index], targets[index]
-            nll, probs = _softmax(rows, real, wanted, scales[index])
-            loss += (nll * token_weights[index]).sum()
+            filled, num_tokens = _filled(index, hidden), len(index)
+            rows, wanted = hidden[filled], targets[filled]
+            own_scales = scales[filled]
+            own_scales[num_tokens:] = 0
+            nll, probs = _softmax(rows, real, wanted, own_scales)
+            loss += (nll[:num_tokens] * token_weights[index]).sum()
             # The target's own entry of the logits' gradient, p - 1, is most of the gradient: it
             # goes in apart, in fp32, where low-precision probabilities would round it.
-            at_target = (torch.expm1(-nll) * scales[index])[:, None]
+            at_target = (torch.expm1(-nll) * own_scales)[:, None]
             if hidden_grad is not None:
-                hidden_grad[index] = _mix_rows(probs, real).addcmul_(at_target, real[wanted])
+                mixed = _mix_rows(probs, real).addcmul_(at_target, real[wanted])
+                hidden_grad[index] = mixed[:num_tokens]
             if weight_grad is not None:
                 _add_mixed_rows(weight_grad, probs, rows)
                 weight_grad.index_put_((wanted,), at_target * rows, accumulate=True)
@@ -191,6 +199,14 @@ def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
     max_tokens = max(1, CHUNK_BYTES // max(1, len(weight) * weight.itemsize))
     num_chunks = -(-len(kept) // max_tokens)
     yield from kept.tensor_split(num_chunks) if num_chunks else ()
+
+
+def _filled(index: Tensor, hidden: Tensor) -> Tensor:
+    """Return a chunk's positions, its first repeated up to a multiple of ``CPU_CHUNK_UNIT``."""
+    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return index
+    num_missing = -len(index) % CPU_CHUNK_UNIT
+    return torch.cat([index, index[:1].expand(num_missing)])
 
 
 def _softmax(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -346,3 +347,26 @@ def test_extra_memory_does_not_grow_with_the_number_of_tokens(
         linear_cross_entropy(hidden, weight, targets).backward()
         assert max(sizes) <= 2**16
         sizes.clear()
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 64), (torch.float32, 1)])
+def test_chunks_of_a_cpu_in_low_precision_have_few_shapes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, unit: int
+) -> None:
+    seen = []
+    softmax = cross_entropy._softmax
+
+    def record(hidden: Tensor, *rest: Any) -> Any:
+        seen.append(len(hidden))
+        return softmax(hidden, *rest)
+
+    monkeypatch.setattr(cross_entropy, "_softmax", record)
+    weight = torch.randn(40, 8, dtype=dtype, requires_grad=True)
+    for num_targets in (1, 63, 64, 65, 100):
+        hidden = torch.randn(100, 8, dtype=dtype, requires_grad=True)
+        targets = torch.arange(100) % 40
+        targets[num_targets:] = IGNORE_INDEX
+        linear_cross_entropy(hidden, weight, targets).backward()
+        assert hidden.grad is not None and not hidden.grad[num_targets:].any()
+        assert hidden.grad[:num_targets].any(1).all()
+    assert seen == [-(-n // unit) * unit for n in (1, 63, 64, 65, 100)]
