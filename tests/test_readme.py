@@ -69,8 +69,10 @@ def test_commands_run(checkout: Path) -> None:
     runs = checkout / "runs/quick"
     assert (runs / "vocab/audit.html").is_file()
     assert (runs / "two/report.html").is_file()
+    answers = (runs / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == 4 and (runs / "adapter/adapter_config.json").is_file()
     assert (runs / "model/model.safetensors").is_file() or list((runs / "model").glob("*.index*"))
-    for name in ("one", "two", "torchrun", "deepspeed"):
+    for name in ("one", "two", "torchrun", "deepspeed", "chat"):
         assert list((runs / name / "checkpoints").glob("step_*")), name
 
 
