@@ -148,7 +148,10 @@ def _parse(word: str, conf: Path) -> Override:
             f"{key}: its value cannot be read ({reason}); put quotes around it: {key}='\"VALUE\"'"
         ) from error
     if override.is_sweep_override():
-        raise ConfigError(f"{key}: several values at once; start one run for each")
+        raise ConfigError(
+            f"{key}: several values at once; start one run for each, or write a list as "
+            f"{key}=[A,B]"
+        )
     return override
 
 
@@ -174,6 +177,8 @@ def _choose(parsed: Iterable[Override], conf: Path) -> tuple[list[str], list[Ove
         group, option = override.key_or_group, override.value()
         if group not in groups:
             settings.append(override)
+        elif option is None and not override.is_delete():
+            problems.append(f"{group}=null: to leave a group out, leave the word out, or ~{group}")
         elif option is None or option in groups[group]:
             chosen.append(str(override.input_line))
         else:

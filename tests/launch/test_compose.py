@@ -61,6 +61,7 @@ def test_composition_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("engine=zero9", "engine=zero9: expected zero0|zero1|"),
         ("schedule=cosin", "did you mean cosine?"),
         ("stage=pretrian", "did you mean pretrain?"),
+        ("debug=null", "debug=null: to leave a group out"),
         ("zero3", "'zero3' is neither KEY=VALUE nor GROUP=OPTION; did you mean engine=zero3?"),
         ("name=[1", "name: its value cannot be read"),
         ("loop.seed=1,2", "loop.seed: several values at once"),
