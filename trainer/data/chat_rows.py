@@ -20,6 +20,7 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("system", "developer", "系統", "系统"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "使用者", "用戶", "用户"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "助理", "助手"), "assistant"),
+    **dict.fromkeys(("ai", "bard", "bing"), "assistant"),
     **dict.fromkeys(("function_call", "function-call", "tool_call", "tool_calls"), CALL),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
     **dict.fromkeys(("function_response", "tool_response", "tool_result"), "tool"),

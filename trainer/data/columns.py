@@ -16,6 +16,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
         *("instruction", "指令", "指示", "prompt", "question", "提問", "提问", "問題", "问题"),
         *("題目", "题目", "問句", "问句", "詢問", "询问", "用戶問題", "用户问题", "使用者問題"),
         *("使用者", "用戶", "用户", "query", "user", "human", "problem", "q", "問", "问"),
+        "inputs",
     ),
     "query": ("input", "輸入", "输入", "補充", "补充", "補充說明", "补充说明"),
     "context": (
@@ -25,7 +26,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
     "response": (
         *("output", "輸出", "输出", "response", "answer", "answers", "回答", "答案", "答覆"),
         *("回覆", "答复", "回复", "回應", "回应", "解答", "completion", "target", "reply"),
-        *("assistant", "gpt", "a", "答"),
+        *("assistant", "gpt", "a", "答", "targets"),
     ),
     "system": (
         *("system", "systemprompt", "系統", "系统", "系統提示", "系统提示", "系統提示詞"),

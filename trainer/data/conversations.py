@@ -151,5 +151,6 @@ def describe_file(path: Path, layout: Layout) -> list[str]:
     lines = [layout.describe()]
     if layout.format in ("xlsx", "xls"):
         with open_seekable(path) as file:
-            lines += describe_sheet(file, path, layout.format, layout.sheet)
+            wanted = [name for _, name in layout.columns]
+            lines += describe_sheet(file, path, layout.format, layout.sheet, wanted)
     return lines

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trainer.config import SourceConfig, nearest
+from trainer.data.chat_rows import ROLE_KEYS
 from trainer.data.columns import NAMES, guess_columns
 from trainer.data.files import BINARY_FORMATS, detect_encoding, detect_format, naming_the_file
 from trainer.data.layouts import Layout, Schema
@@ -221,6 +222,9 @@ def _choose_columns(
         if table_wanted or not is_list:
             del guessed["messages"]
     columns = {**guessed, **options.columns}
+    if not (table_wanted or {"messages", "prompt"} & set(columns)):
+        lists = [name for name in headers if ROLE_KEYS & set(_first_message(records, name))]
+        columns |= {"messages": lists[0]} if len(lists) == 1 else {}
     return {name: column for name, column in columns.items() if column}
 
 

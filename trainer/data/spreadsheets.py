@@ -31,22 +31,24 @@ def iterate_sheet(
         file: the workbook, seekable.
         path: its name, for errors.
         format_name: xlsx or xls.
-        sheet: the sheet's name; None = the first visible one with rows.
+        sheet: the sheet's name; None = the first visible one with a known header.
         wanted: names that the header is known to have, if any.
 
     Raises:
         DataError: the workbook is encrypted or damaged, or has no such sheet.
     """
     with naming_the_workbook(file, path):
-        chosen = choose_sheet(OPENERS[format_name](file), path, sheet)
+        chosen = choose_sheet(OPENERS[format_name](file), path, sheet, wanted)
         yield from _rows_below_header(chosen, wanted)
 
 
-def describe_sheet(file: IO[bytes], path: Path, format_name: str, sheet: str | None) -> list[str]:
+def describe_sheet(
+    file: IO[bytes], path: Path, format_name: str, sheet: str | None, wanted: Sequence[str] = ()
+) -> list[str]:
     """Return what a user should know of a sheet: its name, the others, its merged cells."""
     with naming_the_workbook(file, path):
         sheets = OPENERS[format_name](file)
-        chosen = choose_sheet(sheets, path, sheet)
+        chosen = choose_sheet(sheets, path, sheet, wanted)
         others = [other.name for other in sheets if other is not chosen]
         remarks = [f"sheet {chosen.name!r} is read"]
         if others:
@@ -82,8 +84,13 @@ def _is_encrypted(content: bytes, error: Exception) -> bool:
     return package in content or "encrypted" in str(error).lower()
 
 
-def choose_sheet(sheets: list[Sheet], path: Path, name: str | None) -> Sheet:
-    """Return the sheet ``name``, or the first visible one that has rows.
+def choose_sheet(
+    sheets: list[Sheet], path: Path, name: str | None, wanted: Sequence[str] = ()
+) -> Sheet:
+    """Return the sheet ``name``, or the first visible one with the header ``wanted``.
+
+    Without such a sheet it is the first with a header of known words, so that a cover sheet is
+    passed over; else the first with rows.
 
     Raises:
         DataError: there is none; the message names those there are.
@@ -96,10 +103,22 @@ def choose_sheet(sheets: list[Sheet], path: Path, name: str | None) -> Sheet:
         raise DataError(
             f"{path} has no sheet {name!r}; its sheets are {', '.join(names)}{nearest(name, names)}"
         )
-    for sheet in sheets:
-        if sheet.is_visible and any(_is_filled(cells) for _, cells in sheet.rows()):
-            return sheet
+    tops = [(sheet, _top_rows(sheet)) for sheet in sheets if sheet.is_visible]
+    for found in (
+        lambda rows: _header_with(wanted, rows) is not None,
+        lambda rows: _guessed_header(rows) is not None,
+        lambda rows: len(rows) > 1,
+        bool,
+    ):
+        for sheet, rows in tops:
+            if found(rows):
+                return sheet
     raise DataError(f"{path} holds no row in any visible sheet ({', '.join(names)})")
+
+
+def _top_rows(sheet: Sheet) -> list[list[Cell]]:
+    filled = (cells for _, cells in sheet.rows() if _is_filled(cells))
+    return list(islice(filled, HEADER_ROWS))
 
 
 def _is_filled(cells: Sequence[Cell]) -> bool:
@@ -129,16 +148,28 @@ def _rows_below_header(sheet: Sheet, wanted: Sequence[str]) -> Iterator[Row]:
 
 def _find_header(rows: list[list[Cell]], wanted: Sequence[str]) -> int:
     """Return the place of the header among the first rows."""
-    if wanted:
-        for at, row in enumerate(rows):
-            if set(wanted) <= set(name_columns(row)):
-                return at
-    names = [[c for c in row if isinstance(c, str) and len(c) <= HEADER_CHARS] for row in rows]
-    for at, cells in enumerate(names):
+    for at in (_header_with(wanted, rows), _guessed_header(rows)):
+        if at is not None:
+            return at
+    return next((at for at, cells in enumerate(_short_texts(rows)) if len(cells) > 1), 0)
+
+
+def _header_with(wanted: Sequence[str], rows: list[list[Cell]]) -> int | None:
+    if not wanted:
+        return None
+    return next((at for at, row in enumerate(rows) if set(wanted) <= set(name_columns(row))), None)
+
+
+def _guessed_header(rows: list[list[Cell]]) -> int | None:
+    for at, cells in enumerate(_short_texts(rows)):
         guessed = guess_columns(cells)
         if "messages" in guessed or (len(guessed) > 1 and {"prompt", "response"} & set(guessed)):
             return at
-    return next((at for at, cells in enumerate(names) if len(cells) > 1), 0)
+    return None
+
+
+def _short_texts(rows: list[list[Cell]]) -> list[list[str]]:
+    return [[c for c in row if isinstance(c, str) and len(c) <= HEADER_CHARS] for row in rows]
 
 
 def _fill_merged(

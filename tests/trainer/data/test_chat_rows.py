@@ -84,7 +84,13 @@ def test_squad_takes_the_context_and_the_first_answer() -> None:
 
 @pytest.mark.parametrize(
     ("user", "assistant"),
-    [("human", "gpt"), ("user", "assistant"), ("Human", "chatgpt"), ("prompter", "bot")],
+    [
+        ("human", "gpt"),
+        ("user", "assistant"),
+        ("Human", "chatgpt"),
+        ("prompter", "bot"),
+        ("user", "bing"),
+    ],
 )
 def test_sharegpt_and_the_other_names_of_its_roles(user: str, assistant: str) -> None:
     record = sharegpt(("system", "人設"), (user, "問"), (assistant, "答"))

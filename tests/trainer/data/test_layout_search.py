@@ -57,6 +57,7 @@ def messages_of(path: Path, **options: Any) -> list[list[tuple[str, str]]]:
         (["編號", "客戶常見問題", "標準答案", "備註"], {"prompt": 1, "response": 2}),
         (["上下文", "問題", "答案"], {"context": 0, "prompt": 1, "response": 2}),
         (["input", "target"], {"prompt": 0, "response": 1}),
+        (["inputs", "targets"], {"prompt": 0, "response": 1}),
         (["system_prompt", "question", "response"], {"system": 0, "prompt": 1, "response": 2}),
         (["conversations", "tools"], {"messages": 0, "tools": 1}),
         (["歷史對話", "问", "答"], {"history": 0, "prompt": 1, "response": 2}),
@@ -134,6 +135,15 @@ def test_schemas_are_told_by_what_columns_hold(tmp_path: Path) -> None:
     assert messages_of(path) == [[("user", "問"), ("assistant", "答")]]
     path = write_table(tmp_path / "d.csv", ["對話", "問題", "答案"], ["閒聊", "問", "答"])
     assert layout_of(path).schema == "prompt_response"
+
+
+def test_messages_under_any_name(tmp_path: Path) -> None:
+    shares = [{"from": "human", "value": "問"}, {"from": "gpt", "value": "答"}]
+    path = write_json(tmp_path / "a.json", {"id": 1, "items": shares, "scores": [{"by": "甲"}]})
+    assert messages_of(path) == [[("user", "問"), ("assistant", "答")]]
+    path = write_json(tmp_path / "b.json", {"first": shares, "second": shares})
+    with pytest.raises(DataError, match="its columns are first, second"):
+        layout_of(path)
 
 
 def test_first_record_may_be_bad_or_lack_a_column(tmp_path: Path) -> None:

@@ -204,6 +204,35 @@ def test_sheets_by_name_and_the_first_visible_one_with_rows(tmp_path: Path) -> N
     assert "sheet 'Sheet' is read, not '空白', '隱藏', '二'" in describe_file(path, layout)
 
 
+@pytest.mark.parametrize("kind", ["xlsx", "xls"])
+def test_cover_sheet_is_passed_over(kind: str, tmp_path: Path) -> None:
+    cover = [["本檔說明"], ["甲", "乙"], ["更新日期", "七月"]]
+    table = [["客服集"], HEADER, PAIRS[0]]
+    path = tmp_path / f"a.{kind}"
+    if kind == "xlsx":
+
+        def edit(book: Any) -> None:
+            second = book.create_sheet("二")
+            for row in table:
+                second.append(row)
+
+        write_xlsx(path, cover, edit)
+    else:
+        book = xlwt.Workbook()
+        for name, rows in (("一", cover), ("二", table)):
+            sheet = book.add_sheet(name)
+            for y, row in enumerate(rows):
+                for x, cell in enumerate(row):
+                    sheet.write(y, x, cell)
+        book.save(str(path))
+    assert read(path) == [(3, *PAIRS[0])]
+    named = {"prompt": "更新日期", "response": "七月"}
+    layout = find_layout(path, SourceConfig([str(path)]))
+    assert any("sheet '二' is read" in line for line in describe_file(path, layout))
+    with pytest.raises(DataError, match="holds no row"):
+        read(path, columns=named)  # a header in the first sheet, without a row below it
+
+
 def test_encrypted_workbook_says_what_to_do(tmp_path: Path) -> None:
     plain, locked = io.BytesIO(), tmp_path / "a.xlsx"
     book = openpyxl.Workbook()
