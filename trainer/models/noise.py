@@ -36,7 +36,7 @@ class EmbeddingNoise:
         """
         scales = torch.zeros(len(piece_lengths), length)
         for row, lengths in zip(scales, piece_lengths, strict=True):
-            own = torch.tensor(lengths)
+            own = torch.tensor(lengths, dtype=torch.long)  # none in a row that fills a batch
             row[: int(own.sum())] = own.rsqrt().repeat_interleave(own)
         self._scales = self.alpha * scales
 

@@ -54,3 +54,13 @@ def test_gradients_pass_unchanged() -> None:
     noise.set_lengths([[2]], 2)
     embedding(torch.tensor([[0, 2]])).sum().backward()
     assert embedding.weight.grad.tolist() == [[1.0] * 4, [0.0] * 4, [1.0] * 4]
+
+
+def test_a_row_without_documents_gets_none() -> None:
+    """Evaluation fills its last batch with such rows."""
+    embedding = nn.Embedding(3, 4)
+    noise = EmbeddingNoise(embedding, ALPHA)
+    noise.set_lengths([[2], []], 2)
+    output = embedding(torch.zeros(2, 2, dtype=torch.long))
+    assert torch.equal(output[1], embedding.weight[[0, 0]])
+    assert not torch.equal(output[0], output[1])
