@@ -40,6 +40,7 @@ def router_loss_sum(
     is_target = labels != IGNORE_INDEX
     # Tokens that no target follows are padding, or as idle as padding.
     real = is_target.flip(1).cummax(1).values.flip(1)
+    real = real | ~real.any()  # a batch without a target counts 0 times, not 0 times NaN
     share = load_balancing_loss_func(layers, layers[0].shape[-1], config.num_experts_per_tok, real)
     counted = is_target[:, 1:]
     num_targets = counted.sum() if weights is None else (weights[:, 1:] * counted).sum()

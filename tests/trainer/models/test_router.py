@@ -51,6 +51,14 @@ def test_padding_does_not_count_but_prompts_do() -> None:
     assert router_loss_sum((changed,), CONFIG, labels).item() != pytest.approx(loss.item())
 
 
+def test_a_batch_without_a_target_adds_nothing() -> None:
+    """Its mean over no tokens is NaN, which 0 targets would not make 0."""
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = router_loss_sum((logits,), CONFIG, torch.full((1, 4), -100))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
 def test_it_adds_up_with_the_targets_and_their_weights() -> None:
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, 2, 3, 4]])
