@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,10 +136,16 @@ def _section(source: SourceStore, data: DataConfig, listed: Path) -> RenderableT
     )
     lines.append(Padding(_histogram(lengths), (0, 0, 0, 2), expand=False))
     notes = list(content_remarks(manifest))
-    notes += [f"left out {number:,} times: {reason}" for reason, number in manifest["reasons"]]
+    notes += [_reason(reason, number) for reason, number in manifest["reasons"]]
     if left_out(manifest):
         notes.append(f"rows left out are listed in {listed}")
     return Group(*lines, *map(_indent, notes))
+
+
+def _reason(reason: str, number: int) -> str:
+    """Return a line on rows left out for reasons that differ in numbers at most."""
+    example = ", for example" if number > 1 and re.search(r"\d", reason) else ""
+    return f"left out {number:,} times{example}: {reason}"
 
 
 def _indent(line: str) -> Padding:

@@ -244,6 +244,11 @@ def test_check_tells_and_keeps_only_the_list(tmp_path: Path, tokenizer_path: Pat
     kept = [p.name for p in (tmp_path / "store").iterdir()]
     assert kept == ["chats.rejected.jsonl"]
     assert json.loads((tmp_path / "store" / kept[0]).read_text())["row"] == NUM_ROWS + 1
+    long = [{"instruction": "long", "output": "word " * (400 + i)} for i in range(2)]
+    more = make_data(tmp_path, write(tmp_path / "b.json", ROWS + long))
+    assert "left out 2 times, for example: longer than" in report_of(
+        more, tokenizer_path, tmp_path
+    )[0].replace("\n", " ")
     strict = dataclasses.replace(data, max_bad_row_share=0.01)
     text, (problem,) = report_of(strict, tokenizer_path, tmp_path)
     assert "alpaca" in text
