@@ -23,8 +23,9 @@ from trainer.config import RunConfig, load_config
 from trainer.engine.committed import Checkpoint, Reader, find_checkpoint
 from trainer.engine.precision import DTYPES
 from trainer.errors import CheckpointError, ConfigError
-from trainer.models.adapter_files import run_adapter
+from trainer.models.adapter_files import noted_base, run_adapter
 from trainer.models.export import Weights, transposed_weights
+from trainer.models.identity import model_identity
 from trainer.models.load import find_aliases, make_config, outline
 from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
 
@@ -108,6 +109,13 @@ def _find_base(folder: Path, config: RunConfig, moved_to: str | None) -> Path | 
     path = Path(moved_to or config.model.path)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{folder} was trained on {path}, which is not there; give base=FOLDER")
+    noted = noted_base(folder)
+    if noted is not None and noted["identity"] != (now := model_identity(path)):
+        raise ConfigError(
+            f"{folder} was trained on {noted['name']} (identity {noted['identity'][:12]}), and "
+            f"{path} is another model (identity {now[:12]}), to which its adapter does not belong; "
+            "give base=FOLDER of the very base, in the same precision"
+        )
     return path
 
 

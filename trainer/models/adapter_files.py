@@ -143,7 +143,7 @@ def keep_base(folder: Path, base: str) -> dict[str, str]:
     path, now = folder / BASE_NAME, describe_base(base)
     if not path.is_file():
         path.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    before = noted_base(folder.parent) or now
     if before["identity"] != now["identity"]:
         raise ConfigError(
             f"model.path={base} has changed since the run {folder.parent} began on it (identity "
@@ -157,6 +157,15 @@ def run_adapter(run_dir: Path) -> dict[str, Any] | None:
     """Return the settings of a run's adapters, None for a run without."""
     folder = run_dir / FOLDER
     return read_adapter_config(folder) if folder.is_dir() else None
+
+
+def noted_base(run_dir: Path) -> dict[str, str] | None:
+    """Return name and identity of the base that a run's adapters are trained on, if noted."""
+    path = run_dir / FOLDER / BASE_NAME
+    if not path.is_file():
+        return None
+    noted: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return noted
 
 
 def scale_of(config: Mapping[str, Any], module: str) -> float:

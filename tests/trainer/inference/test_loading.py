@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from chat_fixtures import UNKNOWN, WHO
+from safetensors.torch import load_file, save_file
 from training_support import read_masters, run_scenarios
 from transformers import AutoModelForCausalLM
 
@@ -118,6 +119,11 @@ def test_moved_base_is_named(runs: dict[str, Path], chat_folder: Path, tmp_path:
     moved = load_chat_model(run, Loading(precision="fp32", device="cpu", base=str(base)))
     there = load_chat_model(runs["adapted"], PLAIN)
     assert all(torch.equal(value, weights(there)[name]) for name, value in weights(moved).items())
+    changed = load_file(base / "model.safetensors")
+    changed[min(changed)] += 1
+    save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"elsewhere is another model.*give base=FOLDER of the"):
+        load_chat_model(run, Loading(base=str(base)))
     with pytest.raises(ConfigError, match="trained from scratch, it has no base"):
         load_chat_model(runs["scratch"], Loading(base=str(base), template="plain"))
 
