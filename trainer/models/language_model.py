@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from trainer.models.attention import use_document_attention
 from trainer.models.head import causal_lm_loss
@@ -25,6 +26,8 @@ class LanguageModel(nn.Module):
     def __init__(self, decoder: Any, num_tokens: int) -> None:
         super().__init__()
         use_document_attention(decoder)
+        # What a folder's generation_config.json says would fill in for what we leave unset.
+        decoder.generation_config = GenerationConfig()
         self.decoder, self.num_tokens = decoder, num_tokens
 
     def forward(

@@ -221,6 +221,15 @@ def test_continued_text_is_the_plain_model_s(variant: str) -> None:
     assert torch.equal(model.continue_text(prompt, 5, [2]), ids[:, :length])
 
 
+def test_a_folder_s_generation_settings_do_not_reach_samples() -> None:
+    prompt = packed_rows()[0][:1, :9]
+    plain = make_language_model("llama").continue_text(prompt, 12, [2])
+    opinionated = tiny_model("llama")
+    opinionated.generation_config.repetition_penalty = 5.0
+    samples = LanguageModel(opinionated, VOCAB).continue_text(prompt, 12, [2])
+    assert torch.equal(samples, plain)
+
+
 def test_an_unknown_family_is_padded_and_adapted_everywhere() -> None:
     for config in ({"model_type": "xverse"}, {}, {"model_type": "mamba2"}):
         assert find_family(config) is None
