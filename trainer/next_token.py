@@ -32,6 +32,7 @@ from trainer.metrics.sinks import Sinks
 from trainer.models.families import isolates_documents
 from trainer.models.load import read_architecture
 from trainer.numerics import FiniteGuard
+from trainer.plan.architectures import read_size
 from trainer.plan.flops import ModelShape, flops_per_token
 from trainer.plan.schedule import lr_factor
 from trainer.policy import build_policy, keep_tokenizer
@@ -66,7 +67,7 @@ class NextTokenStage(TrainStage):
                 "and they would be random; give a model folder or use peft=full"
             )
         try:
-            positions = read_architecture(config.model).get("max_position_embeddings")
+            positions = read_size(read_architecture(config.model), "max_position_embeddings")
         except ConfigError as error:
             return [*problems, str(error)]
         if positions and config.data.max_length > positions:

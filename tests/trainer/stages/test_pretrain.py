@@ -163,6 +163,8 @@ def test_contradictions_are_named_before_anything_is_loaded(vary: Vary, tmp_path
     config["peft"] = {"mode": "freeze", "trainable": "embed"}
     problems = "\n".join(Pretrain().check(load_config(config)))
     assert "data.max_length=512 is longer than the model's max_position_embeddings=256" in problems
+    config["model"]["architecture"] = {"model_type": "gpt2", "n_positions": 256}
+    assert problems.splitlines()[-1] in Pretrain().check(load_config(config))
     assert "tokenizer.path is null" in problems
     assert "peft.mode=freeze keeps weights as they are, but model.path is null" in problems
 
