@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from trainer.data.chat_parts import Part, Positions, Span
 from trainer.data.conversation import Conversation, Message
 from trainer.data.encode import EncoderSpec, token_dtype
-from trainer.data.rendering import Rendered, Renderer, Turn
+from trainer.data.rendering import Rendered, Renderer, Turn, hides_thoughts
 from trainer.data.rows import RowError
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class EncodedRow:
         num_turns_cut: those left out because of ``max_length``.
         num_tokens: of the whole conversation.
         spells_control: whether a message spells a token such as ``</s>``, which is read as one.
+        hides_thoughts: whether the template leaves out thoughts of an answer that is learnt.
     """
 
     chats: list[EncodedChat]
@@ -120,6 +121,7 @@ class EncodedRow:
     num_turns_cut: int
     num_tokens: int
     spells_control: bool
+    hides_thoughts: bool
 
 
 class ChatEncoder:
@@ -163,8 +165,15 @@ class ChatEncoder:
                 chats.append(chat)
         if not chats:
             raise TooLongError(self._spec.max_length, num_tokens)
-        spells = self._spells_control(conversation)
-        return EncodedRow(chats, len(chosen), num_cut, num_tokens, spells)
+        messages = conversation.messages
+        return EncodedRow(
+            chats,
+            len(chosen),
+            num_cut,
+            num_tokens,
+            self._spells_control(conversation),
+            any(hides_thoughts(chat.text, [messages[i] for i in chat.answers]) for chat in chats),
+        )
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         messages, system = conversation.messages, self._spec.system

@@ -103,6 +103,7 @@ def _add_encoded(draft: Draft, conversation: Conversation, encoded: EncodedRow) 
     draft.chats["turns_cut"] += encoded.num_turns_cut
     draft.chats["cut"] += encoded.num_turns_cut > 0
     draft.chats["spells_control"] += encoded.spells_control
+    draft.chats["hides_thoughts"] += encoded.hides_thoughts
 
 
 def _hash_all(conversation: Conversation) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trainer.data.conversation import Message
 from trainer.data.rows import RowError
 
 MARK = "\ue0f0\ue0f1\ue0f2"  # private-use characters that no template and no text holds
@@ -52,6 +53,19 @@ class Rendered:
 
     text: str
     turns: dict[int, Turn | None]
+
+
+def thoughts_in(content: str) -> str:
+    """Return the thoughts that an answer begins with, as many data sets write them."""
+    opening, _, rest = content.partition("<think>")
+    thoughts, end, _ = rest.partition("</think>")
+    return thoughts.strip() if end and not opening.strip() else ""
+
+
+def hides_thoughts(text: str, answers: Iterable[Message]) -> bool:
+    """Tell whether a rendered chat leaves out the thoughts of one of its answers."""
+    thoughts = (answer.reasoning.strip() or thoughts_in(answer.content) for answer in answers)
+    return any(thought not in text for thought in thoughts)
 
 
 class Renderer:
@@ -159,6 +173,9 @@ class Renderer:
         content_end = len(text) - len(after)
         if content_end < len(before):
             return None
+        thoughts = thoughts_in(message.get("content") or "")
+        if thoughts not in text[len(before) : content_end] and index < len(chat) - 1:
+            return None  # left out here, perhaps not where this answer is the last
         return Turn(len(before), content_end, content_end + self._closing_length(after))
 
     def _closing_length(self, after: str) -> int:

@@ -127,4 +127,9 @@ def content_remarks(manifest: Any) -> Iterator[str]:
             f"{chats['spells_control']:,} conversations spell a special token of the tokenizer, "
             "which is read as that token, as apply_chat_template does"
         )
+    if chats.get("hides_thoughts"):
+        yield (
+            f"{chats['hides_thoughts']:,} conversations hold thoughts that the chat template does "
+            "not show: they are not learnt; data.template=qwen3 shows them"
+        )
     yield from Remarks(manifest["remarks"]).lines()

@@ -346,6 +346,44 @@ def test_thoughts_that_the_template_drops_are_learnt_on_their_own(
     assert len(last.chats) == 1
 
 
+def test_thoughts_in_the_answer_itself_are_learnt_too(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    answers = [f"<think>\nbecause {n}\n</think>\n\na{n}" for n in "12"]
+    messages = tuple(
+        message
+        for question, answer in zip("xy", answers, strict=True)
+        for message in (Message(USER, question), Message(ASSISTANT, answer))
+    )
+    row = encode_conversation(
+        byte_level, Conversation(messages), template=resolve_template(byte_level, "qwen3")
+    )
+    learnt = [byte_level.decode(run) for chat in row.chats for run in learnt_runs(chat)]
+    assert learnt == [f"{answers[1]}<|im_end|>", f"{answers[0]}<|im_end|>"]
+    assert not row.hides_thoughts
+
+
+def test_thoughts_that_no_row_shows_are_told(byte_level: PreTrainedTokenizerFast) -> None:
+    answer = Message(ASSISTANT, "a", reasoning="because")
+    spelt = Message(ASSISTANT, "<think>because</think>a")
+    # DeepSeek-R1's template never shows what stands before the end of thoughts.
+    hiding = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    chatml = resolve_template(byte_level, "chatml")
+    for message, template, hidden in (
+        (answer, chatml, True),
+        (spelt, chatml, False),
+        (spelt, hiding, True),
+        (Message(ASSISTANT, "a"), chatml, False),
+    ):
+        chat = Conversation((Message(USER, "q"), message, Message(USER, "q"), message))
+        row = encode_conversation(byte_level, chat, template=template)
+        assert row.hides_thoughts is hidden
+        assert sum(len(learnt_runs(part)) for part in row.chats) == row.num_turns == 2
+
+
 def test_spelt_control_tokens_are_read_and_told(byte_level: PreTrainedTokenizerFast) -> None:
     template = resolve_template(byte_level, "chatml")
     spelt = Conversation((Message(USER, "what is </s>?"), Message(ASSISTANT, "an <|im_end|> too")))
