@@ -8,6 +8,7 @@ from tokenizer.load import fingerprint
 from trainer.config import RunConfig
 from trainer.data.store import TokenStore
 from trainer.errors import ConfigError
+from trainer.models.identity import model_identity
 
 
 def tokenizer_path(config: RunConfig) -> str | None:
@@ -21,9 +22,15 @@ def describe_inputs(config: RunConfig, store: TokenStore) -> dict[str, str]:
     for name, source in store.sources.items():
         inputs[f"data.sources.{name}"] = source.folder.name
     if config.model.path:
-        files = sorted(Path(config.model.path).glob("*.safetensors"))
-        inputs["model.path"] = " ".join(f"{f.name}:{f.stat().st_size}" for f in files)
+        inputs["model.path"] = _identify_weights(Path(config.model.path))
     return inputs
+
+
+def _identify_weights(folder: Path) -> str:
+    """Return what tells a model's weights from others; of pickled ones only names and sizes."""
+    if any(folder.glob("*.safetensors")):
+        return model_identity(folder)
+    return " ".join(f"{f.name}:{f.stat().st_size}" for f in sorted(folder.glob("*.bin")))
 
 
 def refuse_changes(before: dict[str, str], now: dict[str, str]) -> None:

@@ -1,0 +1,34 @@
+"""What a run reads, told apart by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trainer.config import load_config
+from trainer.data.prepare import open_store
+from trainer.errors import ConfigError
+from trainer.inputs import describe_inputs, refuse_changes
+
+
+def test_other_weights_of_the_same_size_are_refused(
+    vary: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    values = vary(tmp_path / "run")
+    values["model"] = {"name": "base", "path": str(tmp_path)}
+    config = load_config(values)
+    store = open_store(config.data, str(config.tokenizer.path))
+    weight = torch.zeros(300, 400)
+    seen = []
+    for last in (0.0, 0.0, 1.0):
+        weight[-1, -1] = last
+        save_file({"weight": weight}, tmp_path / "model.safetensors")
+        seen.append(describe_inputs(config, store))
+    refuse_changes(seen[0], seen[1])
+    with pytest.raises(ConfigError, match=r"has changed since its checkpoint: model\.path \(files"):
+        refuse_changes(seen[1], seen[2])
