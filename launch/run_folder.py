@@ -80,6 +80,11 @@ def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
     refused = {k: v for k, v in changes.items() if not _matches(k, changeable)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
+        if "loop.max_steps" in refused and config.loop.epochs is not None:
+            lines.append(
+                "  (loop.epochs counts loop.max_steps from the prepared data: unless you set it, "
+                "the data, or how it is read, has changed)"
+            )
         raise ConfigError(
             f"run_dir={run_dir} belongs to a run with another config:\n"
             + "\n".join(lines)
