@@ -512,11 +512,11 @@ def real_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real data at ../shared/data")
 def test_real_conversations() -> None:
-    """A fifth of 200 real conversations for each template, another one and tokenizer each time."""
+    """A tenth of 200 real conversations for each template, another one and tokenizer each time."""
     conversations, tokenizers = list(real_conversations()), list(real_tokenizers().values())
     for number, name in enumerate(builtin_templates()):
         tokenizer = tokenizers[number % len(tokenizers)]
-        check_conversations(tokenizer, name, conversations[number % 5 :: 5])
+        check_conversations(tokenizer, name, conversations[number % 10 :: 10])
 
 
 @pytest.mark.slow
