@@ -52,7 +52,9 @@ def test_another_config_is_refused_with_both_values_of_every_key(tmp_path: Path)
 def test_steps_that_nobody_set_are_put_down_to_the_data(tmp_path: Path) -> None:
     """Such is the config once epochs are settled, and once more on data that has grown."""
     run_folder.claim(tmp_path, config(tmp_path, "loop.epochs=3", "loop.max_steps=100"))
-    with pytest.raises(ConfigError, match=r"max_steps: 100 there, 120 now\n.*the data, .*has changed"):
+    with pytest.raises(
+        ConfigError, match=r"max_steps: 100 there, 120 now\n.*the data, .*has changed"
+    ):
         run_folder.claim(tmp_path, config(tmp_path, "loop.epochs=3", "loop.max_steps=120"))
 
 
