@@ -23,8 +23,12 @@ def model_identity(folder: Path) -> str:
     of 4 KB; tensors up to 32 KB are read whole.
 
     Raises:
-        ConfigError: the folder has no safetensors files.
+        ConfigError: there is no such folder, or it has no safetensors files.
     """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path={folder} is not there; bring the folder back, or put a link to where it is"
+        )
     digests: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         digests.update(_tensor_digests(path))

@@ -197,6 +197,8 @@ def test_identity_is_that_of_the_weights_not_of_the_files(base: Path, tmp_path: 
     assert model_identity(tmp_path / "rounded") != model_identity(base)
     with pytest.raises(ConfigError, match=r"has no .safetensors"):
         model_identity(tmp_path)
+    with pytest.raises(ConfigError, match=r"gone is not there; bring the folder back"):
+        model_identity(tmp_path / "gone")
 
 
 def test_large_tensors_are_sampled_from_end_to_end(tmp_path: Path) -> None:
