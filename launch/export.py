@@ -143,7 +143,7 @@ def _open_weights(
     from trainer.engine.precision import DTYPES
     from trainer.models.adapter_files import FOLDER, keep_base, run_adapter
     from trainer.models.export import Weights, transposed_weights
-    from trainer.models.load import find_aliases, outline
+    from trainer.models.load import find_aliases, initial_buffers, outline
     from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
 
     model = outline(model_config)
@@ -165,6 +165,7 @@ def _open_weights(
         find_aliases(model_config),
         transposed_weights(model),
         as_trained,
+        None if config.model.path else initial_buffers(model_config),
     )
 
 

@@ -31,6 +31,7 @@ class Weights:
         aliases: names that a tied model gives to a parameter it also has under another name.
         transposed: names of weights that the model stores as [in, out].
         as_trained: from name and value of a frozen weight to the one training computed with.
+        buffers: what a model from scratch keeps beside its parameters.
 
     Raises:
         CheckpointError: adapters that cannot be merged into a weight of the same module.
@@ -45,14 +46,16 @@ class Weights:
         aliases: Collection[str] = (),
         transposed: Collection[str] = (),
         as_trained: Callable[[str, Tensor], Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._read, self._adapter, self._transposed = read, adapter, transposed
-        self._as_trained = as_trained
+        self._as_trained, self._buffers = as_trained, buffers or {}
         adapters = {name for name in trained if ".lora_" in name}
         self._trained = {n.removeprefix(ADAPTED): n for n in trained if n not in adapters}
         self._adapters = {n.removeprefix(ADAPTED) for n in adapters}
         self._base = _open_folder(base_folder) if base_folder else {}
         self.shapes = {name: list(trained[full]) for name, full in self._trained.items()}
+        self.shapes |= {name: list(buffer.shape) for name, buffer in self._buffers.items()}
         for name, file in self._base.items():
             if name not in aliases:  # a stored copy of a tied weight is not the trained one
                 self.shapes.setdefault(name, file.get_slice(name).get_shape())
@@ -67,6 +70,8 @@ class Weights:
         """Return one parameter of the final model, fp32."""
         if name in self._trained:
             weight = self._read(self._trained[name])
+        elif name in self._buffers:
+            weight = self._buffers[name].float()
         else:
             weight = self._base[name].get_tensor(name).float()
             weight = self._as_trained(name, weight) if self._as_trained else weight

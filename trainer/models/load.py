@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -97,6 +98,17 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
 def _brings_code(config: PretrainedConfig) -> bool:
     """Return whether the config was made by code of the model's own, which was then allowed."""
     return type(config).__module__.startswith("transformers_modules.")
+
+
+def initial_buffers(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Return the tensors that a new model keeps beside its parameters, such as a router's bias.
+
+    Checkpoints hold parameters only; a model from a folder has these tensors there.
+    """
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=_brings_code(config))
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def find_aliases(config: PretrainedConfig) -> set[str]:
