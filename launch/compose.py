@@ -149,8 +149,7 @@ def _parse(word: str, conf: Path) -> Override:
         ) from error
     if override.is_sweep_override():
         raise ConfigError(
-            f"{key}: several values at once; start one run for each, or write a list as "
-            f"{key}=[A,B]"
+            f"{key}: several values at once; start one run for each, or write a list as {key}=[A,B]"
         )
     return override
 
