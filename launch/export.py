@@ -145,8 +145,10 @@ def _open_weights(
     from trainer.models.export import Weights, transposed_weights
     from trainer.models.load import find_aliases, initial_buffers, outline
     from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
+    from trainer.models.stored_names import superseded_names
 
     model = outline(model_config)
+    base = Path(config.model.path) if config.model.path else None
     if config.peft.mode in ADAPTER_MODES:
         keep_base(options.run / FOLDER, str(config.model.path))
     if config.peft.mode == "qlora":
@@ -160,9 +162,10 @@ def _open_weights(
     return Weights(
         reader.shapes,
         reader.read_whole,
-        Path(config.model.path) if config.model.path else None,
+        base,
         run_adapter(options.run),
-        find_aliases(model_config),
+        find_aliases(model_config)
+        | (superseded_names(model, base, reader.shapes) if base else set()),
         transposed_weights(model),
         as_trained,
         None if config.model.path else initial_buffers(model_config),
