@@ -139,13 +139,14 @@ def _create(config: PretrainedConfig, dtype: torch.dtype, own_code: bool) -> Pre
 
 
 def _fill(model: PreTrainedModel, weights: Weights, folder: Path) -> None:
-    """Set every parameter, one at a time."""
+    """Set every parameter, one at a time, and what the base keeps beside its parameters."""
     params = dict(model.named_parameters())
     if missing := sorted(params.keys() - weights.shapes.keys()):
         raise CheckpointError(
             f"{folder} and its base lack {len(missing)} parameters under the model's names, for "
             f"example {missing[0]}; export the run with `kuroshio export` and load that folder"
         )
+    buffers = {n: buffer for n, buffer in model.named_buffers() if n in weights.shapes}
     with torch.no_grad():
-        for name, param in params.items():
-            param.copy_(weights.read(name))
+        for name, value in {**params, **buffers}.items():
+            value.copy_(weights.read(name))

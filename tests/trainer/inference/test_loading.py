@@ -12,15 +12,18 @@ import pytest
 import torch
 import yaml
 from chat_fixtures import UNKNOWN, WHO
+from family_models import tiny_model
 from safetensors.torch import load_file, save_file
 from training_support import read_masters, run_scenarios
 from transformers import AutoModelForCausalLM
 
 from trainer.data.conversation import Message
 from trainer.errors import CheckpointError, ConfigError
+from trainer.inference import run_model
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.decoding import Decoding
 from trainer.inference.loading import Loading, load_chat_model
+from trainer.models.export import Weights
 
 PLAIN = Loading(precision="fp32", device="cpu")
 
@@ -126,6 +129,18 @@ def test_moved_base_is_named(runs: dict[str, Path], chat_folder: Path, tmp_path:
         load_chat_model(run, Loading(base=str(base)))
     with pytest.raises(ConfigError, match="trained from scratch, it has no base"):
         load_chat_model(runs["scratch"], Loading(base=str(base), template="plain"))
+
+
+def test_a_run_answers_with_what_its_base_keeps_beside_parameters(tmp_path: Path) -> None:
+    """DeepSeek-V3's routers hold a bias that no checkpoint of ours does."""
+    model, again = tiny_model("deepseek_v3"), tiny_model("deepseek_v3")
+    name = next(name for name in model.state_dict() if name.endswith("e_score_correction_bias"))
+    model.get_buffer(name).fill_(0.7)
+    model.save_pretrained(tmp_path)
+    params = dict(model.named_parameters())
+    shapes = {name: list(param.shape) for name, param in params.items()}
+    run_model._fill(again, Weights(shapes, lambda n: params[n].detach(), tmp_path, None), tmp_path)
+    assert torch.equal(again.get_buffer(name), model.get_buffer(name))
 
 
 def test_adapter_folder_computes_what_peft_does(adapter: tuple[Path, Any]) -> None:
