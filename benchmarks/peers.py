@@ -124,7 +124,7 @@ def write_peer_files(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     from launch.compose import compose_values
     from tokenizer.load import load_tokenizer
     from trainer.config import load_config
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
     from trainer.models.load import load_model, make_config
 
     conversations = find_conversations(args.data)

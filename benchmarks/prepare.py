@@ -60,9 +60,9 @@ def measure(
 
     from tokenizer.load import load_tokenizer
     from trainer.config import DataConfig, SourceConfig
-    from trainer.data.prepare import prepare
-    from trainer.data.readers import read_documents
-    from trainer.data.records import RejectLog
+    from trainer.data.prepared.prepare import prepare
+    from trainer.data.reading.readers import read_documents
+    from trainer.data.reading.records import RejectLog
 
     disable_caching()
     disable_progress_bars()

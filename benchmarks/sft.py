@@ -36,7 +36,7 @@ from benchmarks.inputs.turns import RankGroup, Turns, median_rate, take_turns  #
 if TYPE_CHECKING:
     import torch
 
-    from trainer.data.collate import Batch
+    from trainer.data.batches.collate import Batch
     from trainer.stage import Context
 
 VARIANTS = ("bare-packed", "ours-packed", "trainer-packed", "ours-padded", "trainer-padded")
@@ -79,7 +79,7 @@ def start_variants(args: argparse.Namespace, names: list[str], folder: Path) -> 
     """Prepare the data and start the variants of this environment, one after another."""
     from launch.compose import compose_values
     from trainer.config import load_config
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
 
     tokenizer = find_tokenizer(args.tokenizer, folder)
     common = [

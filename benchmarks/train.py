@@ -39,7 +39,7 @@ from benchmarks.inputs.turns import RankGroup, Turns, take_turns, time_ratio  # 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.data.collate import Batch
+    from trainer.data.batches.collate import Batch
     from trainer.stage import Context
 
 
@@ -68,7 +68,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the figures of every variant and their ratios to the bare loop's."""
     from launch.compose import compose_values
     from trainer.config import load_config
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
 
     tokenizer = find_tokenizer(args.tokenizer, folder)
     common = [

@@ -87,7 +87,7 @@ def describe_sources(
     config: RunConfig, state: dict[str, Any], epochs: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Return each source's share of the rows, its size if its store is there, and its epochs."""
-    from trainer.data.store import MANIFEST, read_manifest
+    from trainer.data.prepared.store import MANIFEST, read_manifest
 
     total: Any = sum(source.weight for source in config.data.sources.values()) or 1.0
     rows = []

@@ -233,7 +233,7 @@ def _copy_code(config: RunConfig, folder: Path) -> None:
 
 def _stop_ids(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     """Return the ids that end an answer, for a model tuned on conversations."""
-    from trainer.data.chat import stop_token_ids
+    from trainer.data.chats.chat import stop_token_ids
 
     if config.data.content != "conversations":
         return {}

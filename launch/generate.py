@@ -22,7 +22,7 @@ from trainer.errors import EXIT_RESUME, ConfigError, DataError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from trainer.data.records import RejectLog
+    from trainer.data.reading.records import RejectLog
     from trainer.inference.answer_files import AnswerFiles
     from trainer.inference.chat_model import Answer, ChatModel
     from trainer.inference.decoding import Decoding
@@ -126,7 +126,7 @@ def _run(
     """Do this rank's share; rank 0 puts the whole together."""
     from launch import agreement
     from launch.loaded_model import load
-    from trainer.data.records import RejectLog
+    from trainer.data.reading.records import RejectLog
     from trainer.engine import collectives
     from trainer.inference.answer_files import AnswerFiles
     from trainer.inference.prompts import read_prompts

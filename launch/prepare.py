@@ -29,8 +29,8 @@ def main(config: RunConfig, check: bool = False) -> None:
         DataError: unreadable input or too many bad rows.
         StorageError: the store cannot be written.
     """
-    from trainer.data.prepare import prepare
-    from trainer.data.summary import summarise
+    from trainer.data.prepared.prepare import prepare
+    from trainer.data.prepared.summary import summarise
 
     rank, world_size = mpi_place(os.environ)
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
@@ -59,7 +59,7 @@ def main(config: RunConfig, check: bool = False) -> None:
 
 
 def _check(config: RunConfig, tokenizer: str, rank: int) -> None:
-    from trainer.data.check import check
+    from trainer.data.prepared.check import check
 
     if rank:
         return  # one process is enough to look
@@ -86,7 +86,7 @@ def ensure_prepared(config: RunConfig) -> None:
         DataError: unreadable input or too many bad rows.
         StorageError: the store cannot be written.
     """
-    from trainer.data import prepare
+    from trainer.data.prepared import prepare
 
     prepare.ensure_prepared(config.data, tokenizer_path(config))
 

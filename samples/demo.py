@@ -192,7 +192,7 @@ def as_prompt(model: ChatModel, chat: Chat) -> str:
 
 def answer(model: ChatModel, chats: list[Chat]) -> list[str]:
     """Return the model's greedy answers, one line each."""
-    from trainer.data.conversation import Message
+    from trainer.data.chats.conversation import Message
     from trainer.inference.decoding import Decoding
 
     greedy = Decoding(temperature=0, max_new_tokens=40)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from tokenizer.spm import build_fast_tokenizer
-from trainer.data.templates import builtin_templates, needed_tokens, read_builtin
+from trainer.data.chats.templates import builtin_templates, needed_tokens, read_builtin
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. What is 1 + 1? It is 2.",

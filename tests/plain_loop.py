@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import load_config
-from trainer.data.loader import TrainLoader
-from trainer.data.prepare import open_store
+from trainer.data.batches.loader import TrainLoader
+from trainer.data.prepared.prepare import open_store
 from trainer.models.load import load_model, make_config
 from trainer.plan.schedule import lr_factor
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from trainer.config import load_config
-from trainer.data.collate import Batch, Row, collate
+from trainer.data.batches.collate import Batch, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.metrics.sinks import Sinks

@@ -28,6 +28,7 @@ LAYERS: list[list[str]] = [
     ["trainer.stages"],
     ["launch"],
 ]
+DATA_FOLDERS = ["reading", "chats", "prepared", "batches"]  # each imports from those before it only
 BOTTOM_MAY_IMPORT = "trainer.errors"  # the one module that its own layer may use
 DOORS = {  # library -> the only module that imports it
     "deepspeed": "trainer.engine.engine",
@@ -129,6 +130,23 @@ def test_project_follows_the_import_rule() -> None:
     assert violations(sources) == []
 
 
+def data_folder(module: str) -> int | None:
+    """Return the place of a module's folder in ``DATA_FOLDERS``, None for other modules."""
+    parts = module.split(".")
+    is_inside = parts[:2] == ["trainer", "data"] and len(parts) > 2 and parts[2] in DATA_FOLDERS
+    return DATA_FOLDERS.index(parts[2]) if is_inside else None
+
+
+def test_folders_of_data_import_from_those_before_them() -> None:
+    sources = project_sources()
+    inside = {name: data_folder(name) for name in sources if data_folder(name) is not None}
+    assert set(inside.values()) == set(range(len(DATA_FOLDERS)))
+    for name, mine in inside.items():
+        for target in imports(name, sources[name], sources):
+            theirs = data_folder(target)
+            assert theirs is None or theirs <= mine, f"{name} imports {target}"
+
+
 def test_project_has_no_import_cycle() -> None:
     assert find_cycle(project_sources()) == []
 
@@ -145,8 +163,8 @@ def test_every_door_is_used() -> None:
     [
         ("trainer.loop", "from trainer.stages import STAGES"),
         ("trainer.stage", "from trainer.loop import fit"),
-        ("trainer.engine.engine", "import trainer.data.loader"),
-        ("trainer.data.loader", "def late():\n    from launch import run"),
+        ("trainer.engine.engine", "import trainer.data.batches.loader"),
+        ("trainer.data.batches.loader", "def late():\n    from launch import run"),
         ("trainer.stages.sft", "from trainer.stages.pretrain import Pretrain"),
         ("trainer.models.load", "import deepspeed.zero"),
         ("launch.local", "from mpi4py import MPI"),
@@ -158,7 +176,7 @@ def test_every_door_is_used() -> None:
     ],
 )
 def test_rule_catches(name: str, source: str) -> None:
-    known = dict.fromkeys(["trainer.loop", "trainer.stage", "trainer.data.loader"], "")
+    known = dict.fromkeys(["trainer.loop", "trainer.stage", "trainer.data.batches.loader"], "")
     assert len(violations({**known, name: source})) == 1
 
 

@@ -44,7 +44,7 @@ def base_config(
 ) -> dict[str, Any]:
     """Return a complete config of a seconds-long run with uneven documents, its data prepared."""
     from trainer.config import load_config
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
 
     values: dict[str, Any] = {
         "name": "test",
@@ -96,7 +96,7 @@ def chat_config(
 ) -> dict[str, Any]:
     """Return a complete config of stage sft on short conversations of uneven weight, prepared."""
     from trainer.config import load_config
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
 
     folder = tmp_path_factory.mktemp("chat")
     lines = [json.dumps({"messages": messages}) + "\n" for messages in make_conversations(120)]

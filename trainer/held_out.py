@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.data.collate import Batch
-from trainer.data.eval_loader import EvalLoader
+from trainer.data.batches.collate import Batch
+from trainer.data.batches.eval_loader import EvalLoader
 from trainer.engine.collectives import any_over_ranks, sum_over_ranks
 from trainer.signals import StopRequest
 

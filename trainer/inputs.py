@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizer.load import fingerprint
 from trainer.config import RunConfig
-from trainer.data.store import TokenStore
+from trainer.data.prepared.store import TokenStore
 from trainer.errors import ConfigError
 from trainer.models.identity import model_identity
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from trainer.config import RunConfig
-from trainer.data.loader import make_mixture, make_rows
-from trainer.data.mixture import Mixture
-from trainer.data.store import TokenStore
+from trainer.data.batches.loader import make_mixture, make_rows
+from trainer.data.batches.mixture import Mixture
+from trainer.data.prepared.store import TokenStore
 
 # Repeating data up to 4 times is nearly as good as new data, beyond 16 it is worth next to nothing
 # (Muennighoff et al., arXiv:2305.16264).

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.config import LoopConfig
-from trainer.data.collate import Batch
+from trainer.data.batches.collate import Batch
 from trainer.engine import checkpoint
 from trainer.engine.collectives import any_over_ranks, sum_over_ranks, sum_tensor
 from trainer.engine.committed import find_newest

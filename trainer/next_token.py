@@ -14,11 +14,11 @@ import torch
 
 from tokenizer.load import check_pair, load_tokenizer
 from trainer.config import RunConfig
-from trainer.data.collate import Batch
-from trainer.data.eval_loader import EvalLoader
-from trainer.data.loader import TrainLoader
-from trainer.data.prepare import open_store
-from trainer.data.store import TokenStore
+from trainer.data.batches.collate import Batch
+from trainer.data.batches.eval_loader import EvalLoader
+from trainer.data.batches.loader import TrainLoader
+from trainer.data.prepared.prepare import open_store
+from trainer.data.prepared.store import TokenStore
 from trainer.engine.engine import DTYPES
 from trainer.environment import describe_environment
 from trainer.errors import ConfigError

@@ -19,14 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.inputs.turns import Turns
 from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import OptimConfig, RunConfig
-from trainer.data.loader import TrainLoader
-from trainer.data.prepare import open_store
+from trainer.data.batches.loader import TrainLoader
+from trainer.data.prepared.prepare import open_store
 from trainer.engine.engine import DTYPES, choose_precision
 from trainer.models.load import load_model, make_config
 from trainer.plan.schedule import lr_factor
 
 if TYPE_CHECKING:
-    from trainer.data.collate import Batch
+    from trainer.data.batches.collate import Batch
     from trainer.stage import Context
 
 

@@ -42,7 +42,7 @@ def chat_overrides(conversations: Path, tokenizer: Path, folder: Path) -> list[s
 
 def read_examples(config: Any) -> list[dict[str, list[int]]]:
     """Return the prepared conversations as ``input_ids`` and ``labels``, for other trainers."""
-    from trainer.data.prepare import open_store
+    from trainer.data.prepared.prepare import open_store
     from trainer.losses.cross_entropy import IGNORE_INDEX
 
     source = open_store(config.data, str(config.tokenizer.path)).sources["chat"]

@@ -117,7 +117,7 @@ def show_figures(out: Path) -> dict[str, list[float]]:
 
 def show_answers(out: Path) -> dict[str, dict[str, str]]:
     """Print and return greedy answers to questions of our own, before and after."""
-    from trainer.data.conversation import Message
+    from trainer.data.chats.conversation import Message
     from trainer.inference.decoding import Decoding
     from trainer.inference.loading import Loading, load_chat_model
 

@@ -155,7 +155,7 @@ def answer_rows(
         asked: as the chat template asks; otherwise the couplet stands as the beginning of a text
             of the pretraining's kind, title and author before it, and the poem's end ends it.
     """
-    from trainer.data.conversation import Message
+    from trainer.data.chats.conversation import Message
     from trainer.inference.decoding import Decoding
 
     prompts: list[list[int]] = []

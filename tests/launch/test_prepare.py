@@ -15,8 +15,8 @@ import pytest
 
 from launch import prepare as launched
 from trainer.config import DataConfig, RunConfig, SourceConfig, load_config
-from trainer.data.prepare import ensure_prepared, open_store
-from trainer.data.store import MANIFEST
+from trainer.data.prepared.prepare import ensure_prepared, open_store
+from trainer.data.prepared.store import MANIFEST
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

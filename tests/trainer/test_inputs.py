@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.config import load_config
-from trainer.data.prepare import open_store
+from trainer.data.prepared.prepare import open_store
 from trainer.errors import ConfigError
 from trainer.inputs import describe_inputs, refuse_changes
 

@@ -258,7 +258,7 @@ def test_changed_inputs_are_refused_at_resume(
     import shutil
 
     from trainer.config import load_config
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
 
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from tokenizer.load import num_ids
-from trainer.data.chat import prompt_ids, stop_token_ids
-from trainer.data.conversation import Message
+from trainer.data.chats.chat import prompt_ids, stop_token_ids
+from trainer.data.chats.conversation import Message
 from trainer.inference.decoding import Decoding
 from trainer.inference.sampling import sampling_processors
 from trainer.inference.text_stream import AnswerStream

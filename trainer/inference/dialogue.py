@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trainer.data.conversation import Message
-from trainer.data.rows import RowError
+from trainer.data.chats.conversation import Message
+from trainer.data.reading.rows import RowError
 from trainer.errors import DataError
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.decoding import Decoding

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenizer.load import JSON_NAME, check_pair, load_tokenizer, sentencepiece_file
 from trainer.config import ModelConfig
-from trainer.data.chat import resolve_template
+from trainer.data.chats.chat import resolve_template
 from trainer.engine.precision import DTYPES, native_precision
 from trainer.errors import ConfigError
 from trainer.inference.chat_model import ChatModel

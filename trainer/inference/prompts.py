@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import SourceConfig
-from trainer.data.chat_rows import read_conversation
-from trainer.data.conversation import Conversation, Message
-from trainer.data.conversations import walk_conversations
-from trainer.data.files import detect_format, list_files
-from trainer.data.layout_search import find_layout
-from trainer.data.layouts import Layout
-from trainer.data.raw import Row, RowError
-from trainer.data.readers import row_text, walk_file
-from trainer.data.records import RejectLog, parse_record
+from trainer.data.chats.chat_rows import read_conversation
+from trainer.data.chats.conversation import Conversation, Message
+from trainer.data.chats.conversations import walk_conversations
+from trainer.data.chats.layout_search import find_layout
+from trainer.data.chats.layouts import Layout
+from trainer.data.reading.files import detect_format, list_files
+from trainer.data.reading.raw import Row, RowError
+from trainer.data.reading.readers import row_text, walk_file
+from trainer.data.reading.records import RejectLog, parse_record
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.decoding import Decoding
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import build, nearest
-from trainer.data.chat_rows import read_conversation
-from trainer.data.layouts import Layout
-from trainer.data.raw import RowError
+from trainer.data.chats.chat_rows import read_conversation
+from trainer.data.chats.layouts import Layout
+from trainer.data.reading.raw import RowError
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.decoding import Decoding
 

@@ -11,9 +11,9 @@ import torch
 
 from tokenizer.load import load_tokenizer
 from trainer.config import RunConfig
-from trainer.data.chat import prompt_ids, resolve_template, stop_token_ids
-from trainer.data.collate import Batch
-from trainer.data.conversation import Message
+from trainer.data.batches.collate import Batch
+from trainer.data.chats.chat import prompt_ids, resolve_template, stop_token_ids
+from trainer.data.chats.conversation import Message
 from trainer.metrics.sinks import Sinks
 from trainer.models.noise import EmbeddingNoise
 from trainer.next_token import NextTokenStage

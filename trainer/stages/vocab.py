@@ -18,8 +18,8 @@ from tokenizer.scripts import DEFAULT_SCRIPTS, SCRIPT_PATTERNS
 from tokenizer.spm import truncate_model
 from tokenizer.train import TextSample, train_pieces
 from trainer.config import RunConfig, nearest
-from trainer.data.readers import list_files, read_documents
-from trainer.data.records import RejectLog
+from trainer.data.reading.readers import list_files, read_documents
+from trainer.data.reading.records import RejectLog
 from trainer.errors import ConfigError, DataError
 from trainer.models.aside import naming_full_disk, written_aside
 from trainer.models.new_rows import Init

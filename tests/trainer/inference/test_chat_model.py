@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from chat_fixtures import COUNT, KNOWN, LEARNT, UNKNOWN, WHO, as_messages
 
-from trainer.data.conversation import Message
+from trainer.data.chats.conversation import Message
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.decoding import Decoding
 from trainer.inference.loading import Loading, load_chat_model

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training_support import read_masters, run_scenarios
 from transformers import AutoModelForCausalLM
 
-from trainer.data.conversation import Message
+from trainer.data.chats.conversation import Message
 from trainer.errors import CheckpointError, ConfigError
 from trainer.inference import run_model
 from trainer.inference.chat_model import ChatModel

@@ -63,9 +63,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 
 def test_code_is_refused_with_what_allows_it(strange: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"configuration_strange.py, modeling"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"configuration_strange.py, modeling") as error:
         make_config(ModelConfig("m", str(strange)), 32, {})
     found = re.search(r"model.trust_remote_code=true model.revision=(\w+)", str(error.value))
     assert found and found[1] == code_pin(strange)

@@ -184,7 +184,7 @@ def test_tokenizer_of_another_model_is_refused_with_both_sizes(
 ) -> None:
     from tokenizer.load import save_tokenizer
     from tokenizer.train import train_base
-    from trainer.data.prepare import ensure_prepared
+    from trainer.data.prepared.prepare import ensure_prepared
 
     lines = (ROOT / "samples/en.jsonl").read_text(encoding="utf-8").splitlines()
     larger = train_base((json.loads(line)["text"] for line in lines), vocab_size=500)

@@ -21,9 +21,9 @@ from training_support import largest_difference, read_losses, read_masters, run_
 
 from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import RunConfig, load_config
-from trainer.data.collate import Batch
-from trainer.data.loader import TrainLoader
-from trainer.data.prepare import open_store
+from trainer.data.batches.collate import Batch
+from trainer.data.batches.loader import TrainLoader
+from trainer.data.prepared.prepare import open_store
 from trainer.errors import ConfigError
 from trainer.models.head import install_fused_head
 from trainer.models.language_model import LanguageModel
@@ -255,7 +255,7 @@ def test_family_that_cannot_isolate_is_padded(vary_chat: Vary, tmp_path: Path) -
 def test_warns_of_a_small_data_set(
     vary_chat: Vary, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from trainer.data.loader import make_mixture, make_rows
+    from trainer.data.batches.loader import make_mixture, make_rows
     from trainer.length import warn_of_repetition
 
     for max_steps, expected in ((5, 0), (500, 1)):

@@ -1,0 +1,135 @@
+"""What a store holds, as a table to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from trainer.config import DataConfig
+from trainer.data.prepared.merge import REJECTED
+from trainer.data.prepared.store import SourceStore, TokenStore
+from trainer.data.reading.remarks import Remarks
+
+Cell = Callable[[SourceStore], str]
+
+
+def summarise(store: TokenStore, data: DataConfig) -> RenderableType:
+    """Return a table with one line a source, and remarks on what was left out."""
+    caption = f"token store {data.store_dir}"
+    remarks = [
+        remark for name, source in store.sources.items() for remark in _remarks(name, source)
+    ]
+    return Group(source_table(store, caption), *remarks)
+
+
+def source_table(store: TokenStore, caption: str | None = None) -> Table:
+    """Return a table with one line a source."""
+    table = Table(box=None, padding=(0, 1, 0, 0), caption=caption)
+    cells = _chat_cells() if _holds_chats(store) else _text_cells()
+    for column in ("source", *cells):
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
+    for name, source in store.sources.items():
+        table.add_row(name, *(cell(source) for cell in cells.values()))
+    return table
+
+
+def _holds_chats(store: TokenStore) -> bool:
+    return any(source.weights is not None for source in store.sources.values())
+
+
+def _text_cells() -> dict[str, Cell]:
+    return {
+        "docs": lambda source: f"{source.manifest['num_documents']:,}",
+        "chars": lambda source: f"{source.manifest['num_chars']:,}",
+        "tokens": lambda source: f"{source.manifest['num_tokens']:,}",
+        "tokens/char": _tokens_per_char,
+        "held out": _held_out,
+        "short": _row_count("short"),
+        "rejected": _row_count("rejected"),
+        "twice": lambda source: f"{source.manifest['lengths']['duplicates']:,}",
+        "rows": _row_count("read"),
+    }
+
+
+def _chat_cells() -> dict[str, Cell]:
+    return {
+        "chats": _chat_count("kept"),
+        "turns": _chat_count("turns"),
+        "tokens": lambda source: f"{source.manifest['num_tokens']:,}",
+        "trained": _trained_share,
+        "held out": _held_out,
+        "cut": _chat_count("cut"),
+        "too long": _chat_count("long"),
+        "rejected": _row_count("rejected"),
+        "twice": lambda source: f"{source.manifest['lengths']['duplicates']:,}",
+        "rows": _row_count("read"),
+    }
+
+
+def _row_count(kind: str) -> Cell:
+    return lambda source: f"{source.manifest['rows'][kind]:,}"
+
+
+def _chat_count(kind: str) -> Cell:
+    return lambda source: f"{source.manifest['chats'].get(kind, 0):,}"
+
+
+def _held_out(source: SourceStore) -> str:
+    return f"{len(source.document_ids(held_out=True)):,}"
+
+
+def _tokens_per_char(source: SourceStore) -> str:
+    manifest = source.manifest
+    special = sum(manifest[key] is not None for key in ("bos_token_id", "eos_token_id"))
+    num_tokens = manifest["num_tokens"] - special * manifest["num_documents"]
+    return f"{num_tokens / manifest['num_chars']:.3f}"
+
+
+def _trained_share(source: SourceStore) -> str:
+    return f"{source.manifest['chats']['trained_tokens'] / source.manifest['num_tokens']:.1%}"
+
+
+def _remarks(name: str, source: SourceStore) -> Iterator[str]:
+    if not len(source.document_ids(held_out=True)):
+        kind = "document" if source.weights is None else "conversation"
+        yield (
+            f"{name}: no {kind} is held out, so it cannot be evaluated; raise "
+            f"data.sources.{name}.holdout_share={source.holdout_share:g}"
+        )
+    yield from (f"{name}: {line}" for line in content_remarks(source.manifest))
+    if left_out(source.manifest):
+        yield f"{name}: rows left out and their reasons are in {source.folder / REJECTED}"
+
+
+def left_out(manifest: Any) -> int:
+    """Return how many rows of a source are in its list of rejected rows."""
+    return int(manifest["rows"]["rejected"] + manifest["chats"].get("long", 0))
+
+
+def content_remarks(manifest: Any) -> Iterator[str]:
+    """Yield what should be known of a source's conversations."""
+    chats, lengths = manifest["chats"], manifest["lengths"]
+    if chats.get("turns_cut"):
+        yield (
+            f"{chats['turns_cut']:,} answers of {chats['cut']:,} conversations were cut off by "
+            f"data.max_length; the longest conversation has {lengths['longest']:,} tokens"
+        )
+    if chats.get("long"):
+        yield (
+            f"{chats['long']:,} conversations were left out: not one turn of them fits into "
+            f"data.max_length; {lengths['percentile_95']:,} would hold 95 % of all"
+        )
+    if chats.get("spells_control"):
+        yield (
+            f"{chats['spells_control']:,} conversations spell a special token of the tokenizer, "
+            "which is read as that token, as apply_chat_template does"
+        )
+    if chats.get("hides_thoughts"):
+        yield (
+            f"{chats['hides_thoughts']:,} conversations hold thoughts that the chat template does "
+            "not show: they are not learnt; data.template=qwen3 shows them"
+        )
+    yield from Remarks(manifest["remarks"]).lines()
