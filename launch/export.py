@@ -101,10 +101,10 @@ def _write_model(
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
     from trainer.models.export import write_shards
-    from trainer.models.load import make_config
+    from trainer.models.load import make_config, special_ids
 
     tokenizer = load_tokenizer(options.run / "tokenizer")
-    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    special = special_ids(tokenizer)
     model_config = make_config(config.model, num_ids(tokenizer), special)
     precision = _precision(options, checkpoint)
     model_config.dtype = DTYPES[precision]
@@ -117,7 +117,7 @@ def _write_model(
         int(options.max_shard_gb * 1e9),
         lambda shards: track(shards, "writing shards", transient=True),
     )
-    generation = {k: v for k, v in special.items() if v is not None}
+    generation: dict[str, Any] = {k: v for k, v in special.items() if v is not None}
     generation |= _stop_ids(config, tokenizer)
     padding = list(range(num_ids(tokenizer), model_config.get_text_config().vocab_size))
     if padding:  # rows that pad the matrix to a round size are no tokens
@@ -143,6 +143,7 @@ def _open_weights(
     from trainer.engine.precision import DTYPES
     from trainer.models.adapter_files import FOLDER, keep_base, run_adapter
     from trainer.models.export import Weights, transposed_weights
+    from trainer.models.identity import refuse_other_base
     from trainer.models.load import find_aliases, initial_buffers, outline
     from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
     from trainer.models.stored_names import superseded_names
@@ -151,6 +152,8 @@ def _open_weights(
     base = Path(config.model.path) if config.model.path else None
     if config.peft.mode in ADAPTER_MODES:
         keep_base(options.run / FOLDER, str(config.model.path))
+    elif config.peft.mode == "freeze":
+        refuse_other_base(Path(str(config.model.path)), reader.checkpoint.state["inputs"])
     if config.peft.mode == "qlora":
         print(QLORA_MERGE[options.base].format(kind=config.peft.quantization))
     as_trained = None

@@ -24,11 +24,15 @@ from trainer.models.adapters import (
 from trainer.models.aside import written_aside
 from trainer.models.head import install_fused_head, supports_fused_head
 from trainer.models.language_model import PREFIX, LanguageModel
-from trainer.models.load import load_model, make_config, measure, return_freed_memory
+from trainer.models.load import (
+    load_model,
+    make_config,
+    measure,
+    return_freed_memory,
+    special_ids,
+)
 from trainer.models.quantize import require_bitsandbytes
 from trainer.stage import Context
-
-SPECIAL = ("bos", "eos", "pad")
 
 T = TypeVar("T")
 
@@ -46,7 +50,7 @@ def build_policy(context: Context, tokenizer: Any) -> tuple[Engine, dict[str, An
     config = context.config
     prepare_ops(config.engine, context.local_rank)
     precision = choose_precision(config.engine.precision)
-    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in SPECIAL}
+    special = special_ids(tokenizer)
     if config.peft.mode == "qlora":
         require_bitsandbytes()
     model_config = _in_turn(context, lambda: make_config(config.model, num_ids(tokenizer), special))

@@ -14,6 +14,7 @@ from trainer.config import load_config
 from trainer.data.prepared.prepare import open_store
 from trainer.errors import ConfigError
 from trainer.inputs import describe_inputs, refuse_changes
+from trainer.models.identity import refuse_other_base
 
 
 def test_other_weights_of_the_same_size_are_refused(
@@ -32,3 +33,6 @@ def test_other_weights_of_the_same_size_are_refused(
     refuse_changes(seen[0], seen[1])
     with pytest.raises(ConfigError, match=r"has changed since its checkpoint: model\.path \(files"):
         refuse_changes(seen[1], seen[2])
+    refuse_other_base(tmp_path, seen[2])
+    with pytest.raises(ConfigError, match="has changed since the run was trained on it"):
+        refuse_other_base(tmp_path, seen[1])

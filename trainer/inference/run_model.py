@@ -25,8 +25,8 @@ from trainer.engine.precision import DTYPES
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.adapter_files import noted_base, run_adapter
 from trainer.models.export import Weights, transposed_weights
-from trainer.models.identity import model_identity
-from trainer.models.load import find_aliases, make_config, outline
+from trainer.models.identity import model_identity, refuse_other_base
+from trainer.models.load import find_aliases, make_config, outline, special_ids
 from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
 
 RUN_CONFIG = "config.yaml"
@@ -49,12 +49,13 @@ def load_run(
     """
     config = read_run_config(folder)
     base_folder = _find_base(folder, config, base)
+    if base_folder is not None and config.peft.mode == "freeze":
+        refuse_other_base(base_folder, checkpoint.state["inputs"])
     architecture = config.model
     if base_folder is not None:
         architecture = dataclasses.replace(architecture, path=str(base_folder))
     tokenizer = load_tokenizer(folder / "tokenizer")
-    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    model_config = make_config(architecture, num_ids(tokenizer), special)
+    model_config = make_config(architecture, num_ids(tokenizer), special_ids(tokenizer))
     reader = Reader(checkpoint)
     shape = outline(model_config)
     weights = Weights(

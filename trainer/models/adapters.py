@@ -59,6 +59,8 @@ def apply_peft(
     if peft.mode == "freeze":
         _freeze_all_but(model, peft)
         return model
+    # peft imports bitsandbytes where it is installed, which then warns of optional kernels.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model
 
     files = AdapterFiles.open(peft.adapter) if peft.adapter else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizer.load import safetensors_header
@@ -38,6 +39,27 @@ def model_identity(folder: Path) -> str:
             "transformers' save_pretrained"
         )
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other_base(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Refuse to put a run's weights into a base that it was not trained on.
+
+    Args:
+        folder: the model folder that frozen weights would come from.
+        inputs: what a checkpoint of the run says it read (``trainer/inputs.py``).
+
+    Raises:
+        ConfigError: the folder's weights are others.
+    """
+    before = inputs.get("model.path")
+    if before is not None and any(folder.glob("*.safetensors")):
+        now = model_identity(folder)
+        if now != before:
+            raise ConfigError(
+                f"model.path={folder} has changed since the run was trained on it (identity "
+                f"{before[:12]} then, {now[:12]} now), and the weights that the run froze are read "
+                "from there; bring the old ones back"
+            )
 
 
 def _tensor_digests(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 
 from trainer.models.attention import use_document_attention
 from trainer.models.head import causal_lm_loss
+from trainer.plan.architectures import read_size
 
 PREFIX = "decoder."  # of parameter names inside ``LanguageModel``; checkpoints leave it out
 
@@ -51,10 +53,16 @@ class LanguageModel(nn.Module):
         The text ends at the first of ``stop_ids``. Padding rows of the vocabulary are never chosen.
         """
         rows = self.decoder.get_input_embeddings().num_embeddings
+        # Learned positions end there; with others a text beyond would be like none it has seen.
+        sizes = self.decoder.config.to_dict()
+        positions = read_size(sizes, "max_position_embeddings") or sys.maxsize
+        room = max(0, positions - input_ids.shape[1])
+        if not room:
+            return input_ids
         return self.decoder.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             do_sample=False,
             eos_token_id=list(stop_ids) or None,
             pad_token_id=next(iter(stop_ids), 0),

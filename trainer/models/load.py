@@ -53,6 +53,12 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     return architecture
 
 
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """Return the ids of a tokenizer's start, end and padding token, by their names in configs."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: getattr(tokenizer, key) for key in keys}
+
+
 def make_config(
     model: ModelConfig, num_tokens: int, special_ids: dict[str, Any]
 ) -> PretrainedConfig:
