@@ -49,7 +49,12 @@ def read_conversation(
         if isinstance(record.get(column), list) and record[column]:
             raise RowError(f"column {column!r} is filled: only text can be trained")
     noticed = Remarks()
-    messages = (_listed if layout.keeps_messages else _asked)(record, layout, noticed)
+    if layout.keeps_messages:
+        messages = _listed(record, layout, noticed)
+    elif isinstance(_value(record, layout, "prompt"), list):
+        messages = _listed_in_two(record, layout, noticed)
+    else:
+        messages = _asked(record, layout, noticed)
     tools = read_tools(_value(record, layout, "tools"), layout.drop_nulls)
     messages = arrange(messages, noticed, layout.prompts)
     for calls in (tools, *(message.tool_calls for message in messages if message.tool_calls)):
@@ -138,6 +143,22 @@ def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Me
         _refuse_missing(column, record)
     if not isinstance(value, list):
         raise RowError(f"column {column!r} holds {type(value).__name__}, not a list of messages")
+    return _with_system(_spoken(value, layout, remarks), record, layout)
+
+
+def _listed_in_two(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Message]:
+    """Read a list of messages that ask, and one of those that answer (TRL's prompt, completion)."""
+    asked, answered = (_value(record, layout, name) for name in ("prompt", "response"))
+    if not isinstance(answered, list) and not (layout.prompts and answered is None):
+        raise RowError(
+            f"column {layout.column('prompt')!r} is a list of messages, column "
+            f"{layout.column('response')!r} is none"
+        )
+    return _with_system(_spoken([*asked, *(answered or [])], layout, remarks), record, layout)
+
+
+def _spoken(value: list[Any], layout: Layout, remarks: Remarks) -> list[Message]:
+    """Read messages, each by its own keys."""
     messages, weighted = [], False
     results = ResultOrder()
     for number, spoken in enumerate(_split_pairs(value), 1):
@@ -150,7 +171,11 @@ def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Me
         messages.append(message)
     if weighted:
         remarks.note("user_weights")
-    messages = results.sort(messages)
+    return results.sort(messages)
+
+
+def _with_system(messages: list[Message], record: dict[str, Any], layout: Layout) -> list[Message]:
+    """Put the system message of a column of its own first; leave out an empty one."""
     system = as_text(_value(record, layout, "system"), "the system column")
     if system.strip() and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", system))
@@ -160,7 +185,14 @@ def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Me
 
 
 def _split_pairs(listed: list[Any]) -> Iterator[Any]:
-    """Yield messages; an object of question and answer, by any of their names, is two."""
+    """Yield messages; an object of question and answer, by any of their names, is two.
+
+    Bare texts are the user's and the assistant's in turn.
+    """
+    if listed and all(isinstance(spoken, str) for spoken in listed):
+        for number, text in enumerate(listed):
+            yield {"role": "assistant" if number % 2 else "user", "content": text}
+        return
     for spoken in listed:
         pair: dict[str, str] = {}
         if isinstance(spoken, dict) and not ROLE_KEYS & set(spoken):

@@ -16,7 +16,8 @@ PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d][\w.]*\s*\}\}")
 def arrange(messages: list[Message], remarks: Remarks, prompts: bool = False) -> list[Message]:
     """Return checked messages that end with an assistant's, or with a prompt for one.
 
-    Turns after the last answer are left out and remarked.
+    Turns after the last answer are left out and remarked, as are an assistant's before the first
+    question: a greeting that no prompt of ours would bring forth.
 
     Args:
         messages: as they were read.
@@ -28,7 +29,7 @@ def arrange(messages: list[Message], remarks: Remarks, prompts: bool = False) ->
     """
     if not messages:
         raise RowError("no messages")
-    messages = _join_calls(messages)
+    messages = _begin_with_question(_join_calls(messages), remarks)
     _check_order(messages)
     messages = _end_with_prompt(messages) if prompts else _end_with_answer(messages, remarks)
     for number, message in enumerate(messages, 1):
@@ -54,6 +55,15 @@ def _join_calls(messages: list[Message]) -> list[Message]:
     return joined
 
 
+def _begin_with_question(messages: list[Message], remarks: Remarks) -> list[Message]:
+    start = 1 if messages[0].role == "system" else 0
+    is_greeting = len(messages) > start and messages[start].role == "assistant"
+    if not is_greeting or not any(message.role == "user" for message in messages):
+        return messages
+    remarks.note("greetings")
+    return [*messages[:start], *messages[start + 1 :]]
+
+
 def _check_order(messages: list[Message]) -> None:
     """Refuse an order in which no template could render the messages."""
     previous, num_open_calls = "system", 0
@@ -63,8 +73,6 @@ def _check_order(messages: list[Message]) -> None:
             if number > 1:
                 raise RowError(f"message {number} is a system message; only the first may be one")
             continue
-        if previous == "system" and role == "assistant":
-            raise RowError("the first turn is an assistant's, not a user's")
         if role == "tool" and not num_open_calls:
             raise RowError(f"message {number} is a tool result without a call before it")
         if role == previous and role != "tool":
@@ -83,6 +91,8 @@ def _end_with_answer(messages: list[Message], remarks: Remarks) -> list[Message]
         end -= 1
     if not end:
         raise RowError("no answer: no message is an assistant's")
+    if not any(message.role == "user" for message in messages):
+        raise RowError("no question: no message is a user's")
     if end < len(messages):
         remarks.note("trailing_turns")
     return messages[:end]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 SENTENCES = {
     "trailing_turns": "conversations ended without an answer: their last turns were left out",
+    "greetings": "conversations began with an assistant's turn: it was left out",
     "placeholders": "conversations hold template placeholders such as {{name}}: fill them in",
     "outer_space": "conversations have answers that begin or end with white space",
     "replacement_characters": "conversations hold U+FFFD, a character lost before",

@@ -194,6 +194,35 @@ def test_objects_of_question_and_answer_are_two_messages() -> None:
     assert [m.content for m in read.messages] == ["一", "1", "二", "2"]
 
 
+def test_bare_texts_take_turns() -> None:
+    record = {"conversations": ["問", "答", "再問", "再答"]}
+    roles = ["user", "assistant", "user", "assistant"]
+    assert said(read_conversation(record, SHAREGPT)) == list(
+        zip(roles, ["問", "答", "再問", "再答"], strict=True)
+    )
+
+
+def test_messages_that_ask_and_messages_that_answer_in_two_columns() -> None:
+    layout = Layout("prompt_response", (("prompt", "prompt"), ("response", "completion")))
+    asked = [{"role": "system", "content": "規"}, {"role": "user", "content": "問"}]
+    answered = [{"role": "assistant", "content": "答"}]
+    record = {"prompt": asked, "completion": answered}
+    expected = [("system", "規"), ("user", "問"), ("assistant", "答")]
+    assert said(read_conversation(record, layout)) == expected
+    prompts = replace(layout, prompts=True)
+    assert said(read_conversation({"prompt": asked}, prompts)) == expected[:2]
+    with pytest.raises(RowError, match="'completion' is none"):
+        read_conversation({"prompt": asked, "completion": "答"}, layout)
+
+
+def test_a_greeting_before_the_first_question_is_left_out() -> None:
+    remarks = Remarks()
+    record = sharegpt(("system", "規"), ("gpt", "您好"), ("human", "問"), ("gpt", "答"))
+    expected = [("system", "規"), ("user", "問"), ("assistant", "答")]
+    assert said(read_conversation(record, SHAREGPT, remarks)) == expected
+    assert remarks.counts["greetings"] == 1
+
+
 def test_roles_and_keys_of_the_files_own() -> None:
     layout = Layout(
         "sharegpt",
@@ -229,7 +258,7 @@ REJECTED: dict[str, tuple[Layout, dict[str, Any]]] = {
         MESSAGES,
         messages(("user", "a"), ("assistant", "b"), ("assistant", "c")),
     ),
-    "the first turn is an assistant's": (SHAREGPT, sharegpt(("gpt", "a"), ("human", "b"))),
+    "no question: no message is a user's": (SHAREGPT, sharegpt(("gpt", "a"))),
     "message 3 is a system message": (
         MESSAGES,
         messages(("user", "a"), ("assistant", "b"), ("system", "c")),
@@ -293,7 +322,7 @@ REJECTED: dict[str, tuple[Layout, dict[str, Any]]] = {
     "no column 'conversations'; the row has text": (SHAREGPT, {"text": "a"}),
     "no messages": (SHAREGPT, {"conversations": []}),
     "column 'conversations' holds str|malformed JSON": (SHAREGPT, {"conversations": "a"}),
-    "message 1 is str, not an object": (SHAREGPT, {"conversations": ["a"]}),
+    "message 1 is str, not an object": (SHAREGPT, {"conversations": ["a", {"from": "gpt"}]}),
     "message 1 has no role or from; its keys are a": (SHAREGPT, {"conversations": [{"a": 1}]}),
     "history is str|history: malformed": (
         ALPACA,
