@@ -16,7 +16,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,8 @@ def measure(case: Case, repeats: int) -> Result:
     """Run forward and backward ``repeats`` times; return extra peak memory and best times."""
     import torch
 
+    from benchmarks.inputs.peaks import measure_repeats
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(case, device)
     # Lengths around the mean, as data has them, the same for both ways.
@@ -92,20 +93,15 @@ def measure(case: Case, repeats: int) -> Result:
     input_ids = torch.arange(case["tokens"], device=device)[None] % 64
     labels = input_ids.masked_fill(position_ids == 0, -100)
     model(input_ids=input_ids[:, :64], position_ids=position_ids[:, :64], labels=labels[:, :64])
-    before = start_peak(device)
-    wall, cpu = [], []
-    for _ in range(repeats):
+
+    def compute() -> torch.Tensor:
         model.zero_grad()
-        synchronize(device)
-        start, cpu_start = time.perf_counter(), time.process_time()
         loss = model(input_ids=input_ids, position_ids=position_ids, labels=labels)
-        (loss / case["tokens"]).backward()
-        synchronize(device)
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
-    peak_mb = (read_peak(device) - before) / 1e6
-    mean = loss.item() / case["tokens"]
-    return {"peak_mb": peak_mb, "wall_s": min(wall), "cpu_s": min(cpu), "loss": mean}
+        mean: torch.Tensor = loss / case["tokens"]
+        mean.backward()
+        return mean
+
+    return measure_repeats(compute, repeats)
 
 
 def make_model(case: Case, device: str) -> Any:
@@ -141,35 +137,6 @@ def draw_lengths(tokens: int, mean: int) -> list[int]:
         lengths.append(draw.randint(mean // 2, mean + mean // 2))
     lengths[-1] -= sum(lengths) - tokens
     return lengths
-
-
-def synchronize(device: str) -> None:
-    """Wait for the GPU; a CPU has nothing to wait for."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def start_peak(device: str) -> int:
-    """Reset the peak and return the bytes in use now."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return int(torch.cuda.memory_allocated())
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS; proc(5)
-    return read_peak(device)
-
-
-def read_peak(device: str) -> int:
-    """Return the most bytes in use since ``start_peak``."""
-    import torch
-
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +93,8 @@ def measure(case: Case, repeats: int) -> Result:
     """Run forward and backward ``repeats`` times; return extra peak memory and best times."""
     import torch
 
+    from benchmarks.inputs.peaks import measure_repeats
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     options = {"dtype": getattr(torch, str(case["dtype"])), "device": device}
@@ -104,19 +105,14 @@ def measure(case: Case, repeats: int) -> Result:
     compute = VARIANTS[str(case["variant"])]
     compute(hidden[:, :8], weight, labels[:, :8]).backward()  # loads kernels, starts threads
     hidden.grad = weight.grad = None
-    before = start_peak(device)
-    wall, cpu = [], []
-    for _ in range(repeats):
+
+    def run() -> torch.Tensor:
         hidden.grad = weight.grad = None
-        synchronize(device)
-        start, cpu_start = time.perf_counter(), time.process_time()
         loss = compute(hidden, weight, labels) / (tokens - 1)
         loss.backward()
-        synchronize(device)
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
-    peak_mb = (read_peak(device) - before) / 1e6
-    return {"peak_mb": peak_mb, "wall_s": min(wall), "cpu_s": min(cpu), "loss": loss.item()}
+        return loss
+
+    return measure_repeats(run, repeats)
 
 
 def compute_plain(hidden, weight, labels):  # type: ignore[no-untyped-def]
@@ -134,35 +130,6 @@ def compute_fused(hidden, weight, labels):  # type: ignore[no-untyped-def]
 
 
 VARIANTS: dict[str, Callable] = {"plain": compute_plain, "fused": compute_fused}
-
-
-def synchronize(device: str) -> None:
-    """Wait for the GPU; a CPU has nothing to wait for."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def start_peak(device: str) -> int:
-    """Reset the peak and return the bytes in use now."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return int(torch.cuda.memory_allocated())
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS; proc(5)
-    return read_peak(device)
-
-
-def read_peak(device: str) -> int:
-    """Return the most bytes in use since ``start_peak``."""
-    import torch
-
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 if __name__ == "__main__":
