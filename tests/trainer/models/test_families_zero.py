@@ -1,4 +1,7 @@
-"""Every family through whole runs on two ranks: ZeRO-3 trains as ZeRO-0 and exports plainly."""
+"""Every family through whole runs on two ranks: ZeRO-3 trains as ZeRO-0 and exports plainly.
+
+First pretraining from scratch, then fine-tuning on conversations from the exported folder, by LoRA.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 import yaml
 from family_models import SIZES, TINY
+from peft import PeftModel
 from training_support import largest_difference, read_losses, read_masters, run_scenarios
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +48,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_config: dict[str, Any]
         (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
         export.main([str(run_dir), str(run_dir / "model")])
     return folder
+
+
+def make_tuning(base: dict[str, Any], variant: str, zero_stage: int, folder: Path) -> Any:
+    """Return the config of a run of two steps that adapts what the first run exported."""
+    config = copy.deepcopy(base)
+    config["run_dir"] = str(folder / f"{variant}_tuned_{zero_stage}")
+    config["model"] = {"name": "base", "path": str(folder / f"{variant}_3/model")}
+    config["peft"] = {"mode": "lora"}
+    config["engine"]["zero_stage"] = zero_stage
+    config["loop"] |= {"max_steps": 2, "keep_last": 1}
+    return config
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path, chat_config: dict[str, Any]) -> Path:
+    """Fine-tune all families under both stages; export adapters and merged models."""
+    configs = [make_tuning(chat_config, v, stage, folder) for v in TINY for stage in (0, 3)]
+    done = run_scenarios(
+        [{"config": config, "split_everything": True} for config in configs], 2, folder, 2400
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    for config in configs[1::2]:
+        run_dir = Path(config["run_dir"])
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+        export.main([str(run_dir), str(run_dir / "merged")])
+        export.main([str(run_dir), str(run_dir / "alone"), "--adapter"])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", TINY)
+def test_adapters_are_tuned_alike_and_merged(tuned: Path, variant: str) -> None:
+    whole, split = tuned / f"{variant}_tuned_0", tuned / f"{variant}_tuned_3"
+    losses, others = read_losses(whole), read_losses(split)
+    assert losses == {step: pytest.approx(others[step], rel=1e-5) for step in losses}
+    assert largest_difference(read_masters(whole), read_masters(split)) < 2e-5
+    base = AutoModelForCausalLM.from_pretrained(tuned / f"{variant}_3/model").eval()
+    ids = torch.arange(1, 13)[None]
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, split / "alone").eval()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(split / "merged").eval()(ids).logits
+    assert (adapted - before).abs().max() > 1e-6  # it did learn, so equality says something
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
