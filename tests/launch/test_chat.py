@@ -103,14 +103,22 @@ def test_save_writes_a_row_for_training(terminal: pexpect.spawn, tmp_path: Path)
     assert "assistant: 我是詩人。" in say(terminal, "/history")
 
 
-def test_interrupt_stops_the_answer_and_not_the_program(terminal: pexpect.spawn) -> None:
-    say(terminal, "/set temperature=9")  # noise, which goes on to the end of the context
-    say(terminal, "/set max_new_tokens=100000")
+def interrupt_answer(terminal: pexpect.spawn) -> bool:
+    """Interrupt an answer that has begun; return whether it was stopped before its end."""
+    say(terminal, "/reset")
     terminal.sendline("noise")
     terminal.expect("noise\r\n.")
     terminal.sendintr()
-    terminal.expect_exact("stopped")
+    ended = terminal.expect_exact(["stopped", "Ctrl-D leaves)"])
     terminal.expect_exact("\n> ")
+    return ended == 0
+
+
+def test_interrupt_stops_the_answer_and_not_the_program(terminal: pexpect.spawn) -> None:
+    say(terminal, "/set temperature=9")  # noise, which goes on to the end of the context
+    say(terminal, "/set max_new_tokens=100000")
+    # So small a model may end its answer before a busy machine lets the interrupt through.
+    assert any(interrupt_answer(terminal) for _ in range(20))
     terminal.sendintr()
     terminal.expect_exact("Ctrl-D leaves)\r\n> ")
     say(terminal, "/reset")
