@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trainer.config import SourceConfig, nearest
-from trainer.data.chats.chat_rows import ROLE_KEYS
 from trainer.data.chats.layouts import Layout, Schema
+from trainer.data.chats.messages import ROLE_KEYS
 from trainer.data.chats.tool_calls import parse_json
 from trainer.data.reading.columns import NAMES, guess_columns
 from trainer.data.reading.files import (
