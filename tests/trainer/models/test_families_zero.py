@@ -39,15 +39,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_config: dict[str, Any]
     """Train all families under both stages, in one group of processes; export those split."""
     folder = tmp_path_factory.mktemp("families")
     configs = [make_config(base_config, v, stage, folder) for v in TINY for stage in (0, 3)]
-    done = run_scenarios(
-        [{"config": config, "split_everything": True} for config in configs], 2, folder, 2400
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    for config in configs[1::2]:
-        run_dir = Path(config["run_dir"])
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    for run_dir in run_all(configs, folder):
         export.main([str(run_dir), str(run_dir / "model")])
     return folder
+
+
+def run_all(configs: list[Any], folder: Path) -> list[Path]:
+    """Run all configs on two ranks; return the run folders of those under ZeRO-3."""
+    scenarios = [{"config": config, "split_everything": True} for config in configs]
+    done = run_scenarios(scenarios, 2, folder, 2400)
+    assert done.returncode == 0, done.stdout[-5000:]
+    split = [config for config in configs if config["engine"]["zero_stage"] == 3]
+    for config in split:
+        (Path(config["run_dir"]) / "config.yaml").write_text(yaml.safe_dump(config))
+    return [Path(config["run_dir"]) for config in split]
 
 
 def make_tuning(base: dict[str, Any], variant: str, zero_stage: int, folder: Path) -> Any:
@@ -65,13 +70,7 @@ def make_tuning(base: dict[str, Any], variant: str, zero_stage: int, folder: Pat
 def tuned(folder: Path, chat_config: dict[str, Any]) -> Path:
     """Fine-tune all families under both stages; export adapters and merged models."""
     configs = [make_tuning(chat_config, v, stage, folder) for v in TINY for stage in (0, 3)]
-    done = run_scenarios(
-        [{"config": config, "split_everything": True} for config in configs], 2, folder, 2400
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    for config in configs[1::2]:
-        run_dir = Path(config["run_dir"])
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    for run_dir in run_all(configs, folder):
         export.main([str(run_dir), str(run_dir / "merged")])
         export.main([str(run_dir), str(run_dir / "alone"), "--adapter"])
     return folder
