@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from launch.__main__ import leave
 from launch.agreement import part
 from trainer.config import load_config
 from trainer.data.batches.collate import Batch, Row, collate
@@ -151,7 +152,8 @@ def main(path: str) -> None:
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         stage.run(Context(config, run_dir, rank, world_size, local_rank))
-    part()  # as a run does: a process group torn down at exit sometimes aborts
+    part()
+    leave(0)  # as a run does
 
 
 if __name__ == "__main__":

@@ -156,3 +156,24 @@ def test_a_foreign_trainer_package_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "package 'trainer' resolves to" in done.stderr and "PYTHONPATH=" in done.stderr
+
+
+LEAVE = """
+import atexit, os, sys
+atexit.register(lambda: os._exit(134))  # stands for a teardown that aborts
+if sys.argv[1] == "rank":
+    import launch.agreement
+from launch.__main__ import leave
+print("the last line")
+leave(7)
+"""
+
+
+def test_a_rank_s_exit_code_survives_the_teardown_of_its_libraries() -> None:
+    command = [sys.executable, "-c", LEAVE]
+    rank, alone = (
+        subprocess.run([*command, kind], cwd=ROOT, capture_output=True, text=True)
+        for kind in ("rank", "alone")
+    )
+    assert (rank.returncode, rank.stdout) == (7, "the last line\n")
+    assert alone.returncode == 134  # the stand-in does abort where Python tears down
