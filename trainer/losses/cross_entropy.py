@@ -7,19 +7,22 @@ is a constant, ``CHUNK_BYTES``, whatever the sequence length and the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # a target that is no target; torch and transformers use the same value
+from trainer.losses.vocabulary import (
+    add_mixed_rows,
+    cut_chunks,
+    cut_tiles,
+    fill_chunk,
+    mix_rows,
+    multiply,
+    scale_gradient,
+    storage_scale,
+    wide_dtype,
+)
 
-CHUNK_BYTES = 128 * 2**20  # logits that exist at one time
-CPU_TILE_BYTES = 16 * 2**20  # fp32 softmax rows of one pass: few barriers, yet near the cache
-# Tokens of a chunk are a multiple of this where a CPU multiplies in low precision: it compiles and
-# keeps code for every new number of rows, megabytes each.
-CPU_CHUNK_UNIT = 64
-VOCAB_BLOCK = 4096  # rows of the weight whose gradient is added up at one time
+IGNORE_INDEX = -100  # a target that is no target; torch and transformers use the same value
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
@@ -98,8 +101,8 @@ def linear_cross_entropy(
         RuntimeError: when a target is no real row (on CUDA, as a device-side assertion).
     """
     if token_weights is None:
-        token_weights = torch.ones_like(targets, dtype=_wide(hidden.dtype))
-    token_weights = token_weights.to(_wide(hidden.dtype))
+        token_weights = torch.ones_like(targets, dtype=wide_dtype(hidden.dtype))
+    token_weights = token_weights.to(wide_dtype(hidden.dtype))
     if not torch.is_grad_enabled():
         return (linear_nll(hidden, weight, targets, num_real_rows) * token_weights).sum()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, num_real_rows)
@@ -122,9 +125,9 @@ def linear_nll(
         ``[n]`` nats in fp32 (fp64 for fp64 input); 0 where the target is ``IGNORE_INDEX``.
     """
     weight = weight[:num_real_rows]
-    nll = torch.zeros_like(targets, dtype=_wide(hidden.dtype))
-    for index in _chunks(targets, weight):
-        filled = _filled(index, hidden)
+    nll = torch.zeros_like(targets, dtype=wide_dtype(hidden.dtype))
+    for index in cut_chunks(_target_positions(targets), weight):
+        filled = fill_chunk(index, hidden)
         nll[index] = _softmax(hidden[filled], weight, targets[filled], None)[0][: len(index)]
     return nll
 
@@ -140,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_real_rows: int | None,
     ) -> Tensor:
         need_hidden, need_weight, *_ = ctx.needs_input_grad
-        wide = _wide(hidden.dtype)
+        wide = wide_dtype(hidden.dtype)
         hidden_grad = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -148,9 +151,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Stored probabilities carry weight / heaviest, 1 at most, so that fp16 does not overflow.
         heaviest = torch.nn.functional.pad(token_weights, (0, 1)).max()
         heaviest = heaviest.where(heaviest > 0, 1.0)
-        scales = token_weights * (_storage_scale(hidden.dtype) / heaviest)
-        for index in _chunks(targets, real):
-            filled, num_tokens = _filled(index, hidden), len(index)
+        scales = token_weights * (storage_scale(hidden.dtype) / heaviest)
+        for index in cut_chunks(_target_positions(targets), real):
+            filled, num_tokens = fill_chunk(index, hidden), len(index)
             rows, wanted = hidden[filled], targets[filled]
             own_scales = scales[filled]
             own_scales[num_tokens:] = 0
@@ -160,53 +163,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # goes in apart, in fp32, where low-precision probabilities would round it.
             at_target = (torch.expm1(-nll) * own_scales)[:, None]
             if hidden_grad is not None:
-                mixed = _mix_rows(probs, real).addcmul_(at_target, real[wanted])
+                mixed = mix_rows(probs, real).addcmul_(at_target, real[wanted])
                 hidden_grad[index] = mixed[:num_tokens]
             if weight_grad is not None:
-                _add_mixed_rows(weight_grad, probs, rows)
+                add_mixed_rows(weight_grad, probs, rows)
                 weight_grad.index_put_((wanted,), at_target * rows, accumulate=True)
             del probs  # before the next chunk's logits are made
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtype = hidden.dtype
-        ctx.factor = heaviest / _storage_scale(hidden.dtype)
+        ctx.factor = heaviest / storage_scale(hidden.dtype)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         factor = grad_output * ctx.factor
-        grads = [_scaled(grad, factor, ctx.dtype) for grad in ctx.saved_tensors]
+        grads = [scale_gradient(grad, factor, ctx.dtype) for grad in ctx.saved_tensors]
         return *grads, None, None, None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums and statistics over values of ``dtype``: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _storage_scale(dtype: torch.dtype) -> float:
-    """Return the factor that probabilities carry while they are stored in ``dtype``.
-
-    Most are near 1 / vocab, where fp16 is subnormal already (below 6e-5). Times 2**15 the largest
-    still does not overflow, and the smallest that is kept is 2e-12.
-    """
-    return 2.0**15 if dtype == torch.float16 else 1.0
-
-
-def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """Yield positions of real targets, at most ``CHUNK_BYTES`` of logits at a time, evenly."""
-    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    max_tokens = max(1, CHUNK_BYTES // max(1, len(weight) * weight.itemsize))
-    num_chunks = -(-len(kept) // max_tokens)
-    yield from kept.tensor_split(num_chunks) if num_chunks else ()
-
-
-def _filled(index: Tensor, hidden: Tensor) -> Tensor:
-    """Return a chunk's positions, its first repeated up to a multiple of ``CPU_CHUNK_UNIT``."""
-    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float16):
-        return index
-    num_missing = -len(index) % CPU_CHUNK_UNIT
-    return torch.cat([index, index[:1].expand(num_missing)])
+def _target_positions(targets: Tensor) -> Tensor:
+    return (targets != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def _softmax(
@@ -225,14 +202,10 @@ def _softmax(
     Returns:
         ``[t]`` nats and ``[t, v]`` in the dtype of ``hidden``, times ``scales``, 0 at the targets.
     """
-    logits = _matmul(hidden, weight.T)
+    logits = multiply(hidden, weight.T)
     probs = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
-    nll = torch.empty_like(targets, dtype=_wide(hidden.dtype))
-    num_rows = len(targets)
-    if hidden.device.type == "cpu":
-        num_rows = max(1, CPU_TILE_BYTES // (len(weight) * nll.itemsize))
-    for start in range(0, len(targets), num_rows):
-        rows = slice(start, start + num_rows)
+    nll = torch.empty_like(targets, dtype=wide_dtype(hidden.dtype))
+    for rows in cut_tiles(logits):
         tile = logits[rows].to(nll.dtype)  # a view where the logits are wide already
         wanted = targets[rows, None]
         tile -= tile.amax(1, keepdim=True)
@@ -243,47 +216,3 @@ def _softmax(
             tile *= scales[rows, None] / total
             probs[rows] = tile.scatter_(1, wanted, 0.0)
     return nll, probs
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply, with an fp32 result where the device can give one to low-precision factors."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    if left.dtype == torch.float16:  # its range would not hold the sums
-        return left.float() @ right.float()
-    return left @ right
-
-
-def _mix_rows(probs: Tensor, weight: Tensor) -> Tensor:
-    """Return ``probs [t, v] @ weight [v, d]`` in fp32 (fp64), summed over blocks of v.
-
-    A product that the device rounds to bf16 loses less in blocks than as a whole.
-    """
-    total = torch.zeros_like(probs[:, :1], dtype=_wide(probs.dtype)).repeat(1, weight.shape[1])
-    blocks = zip(probs.split(VOCAB_BLOCK, dim=1), weight.split(VOCAB_BLOCK), strict=True)
-    for block_probs, rows in blocks:
-        total += _matmul(block_probs, rows)
-    return total
-
-
-def _add_mixed_rows(weight_grad: Tensor, probs: Tensor, hidden: Tensor) -> None:
-    """Add ``probs [t, v].T @ hidden [t, d]`` to the first v rows of ``weight_grad``."""
-    real = weight_grad[: probs.shape[1]]
-    if real.dtype == hidden.dtype:
-        real.addmm_(probs.T, hidden)
-        return
-    blocks = zip(real.split(VOCAB_BLOCK), probs.split(VOCAB_BLOCK, dim=1), strict=True)
-    for rows, block_probs in blocks:
-        rows += _matmul(block_probs.T, hidden)
-
-
-def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return ``grad * factor`` in ``dtype``, block by block so that no second wide copy exists."""
-    if grad is None:
-        return None
-    result = torch.empty_like(grad, dtype=dtype)
-    for source, target in zip(grad.split(VOCAB_BLOCK), result.split(VOCAB_BLOCK), strict=True):
-        target.copy_(source * factor)
-    return result

@@ -9,6 +9,7 @@ work under ZeRO-3, whose hooks hold the gathered weight only there.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trainer.errors import ConfigError
 from trainer.losses.cross_entropy import (
+    IGNORE_INDEX,
     cross_entropy_sum,
     linear_cross_entropy,
     next_token_targets,
     next_token_weights,
 )
+from trainer.losses.token_logps import linear_logps, logps_from_logits
 from trainer.models.attention import isolated_documents
 from trainer.models.router import router_loss_coefficient, router_loss_sum
+
+
+@dataclass(frozen=True)
+class LogpsOptions:
+    """How log-probabilities of targets are wanted.
+
+    Attributes:
+        temperature: of sampling, which the logits are divided by.
+        with_entropy: whether the entropies of the distributions are wanted as well.
+    """
+
+    temperature: float = 1.0
+    with_entropy: bool = False
 
 
 class FusedHead(nn.Linear):
@@ -56,20 +72,39 @@ class FusedHead(nn.Linear):
         return head.train(linear.training)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return logits, or with labels the summed next-token loss.
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        logps: LogpsOptions | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits; with labels the summed next-token loss, or each target's log-probability.
 
         Args:
             hidden: ``[batch, seq, d]`` last hidden states (any leading dimensions without labels).
             labels: ``[batch, seq]`` token ids, unshifted; ``IGNORE_INDEX`` is no target.
             weights: ``[batch, seq]`` factor of each target's loss, unshifted; None is 1.
+            logps: given, each target's log-probability is returned instead of the loss.
 
         Returns:
-            ``[..., vocab]`` logits without labels; ``[]`` sum in nats, fp32, with them.
+            ``[..., vocab]`` logits without labels; ``[]`` sum in nats, fp32, with them; with
+            ``logps`` ``[n]`` for the n targets in row-major order, fp32, and their entropies if
+            asked for.
         """
         if labels is None:
             return super().forward(hidden)
+        if logps is not None:
+            # Only here: tokens that predict no target never reach the matrix.
+            targets = next_token_targets(labels)
+            chosen = targets != IGNORE_INDEX
+            return linear_logps(
+                hidden[chosen],
+                self.weight,
+                targets[chosen],
+                self.num_real_rows,
+                logps.temperature,
+                logps.with_entropy,
+            )
         token_weights = None if weights is None else next_token_weights(weights).flatten()
         return linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -164,6 +199,48 @@ def install_fused_head(model: PreTrainedModel, num_real_rows: int | None = None)
     linear = model.get_output_embeddings()
     rows = linear.out_features if num_real_rows is None else num_real_rows
     model.set_output_embeddings(FusedHead.adopt(linear, rows))
+
+
+def causal_lm_logps(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    num_real_rows: int | None = None,
+    options: LogpsOptions = LogpsOptions(),
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the log-probability of each target of a batch.
+
+    Args:
+        model: a causal language model, or one wrapped by peft.
+        input_ids: ``[batch, seq]``.
+        position_ids: ``[batch, seq]``, starting at 0 with each document.
+        labels: ``[batch, seq]`` token ids, unshifted; ``IGNORE_INDEX`` is no target.
+        num_real_rows: rows of the vocabulary that are tokens, for a head that is not fused; None
+            counts every row.
+        options: temperature, entropy.
+
+    Returns:
+        ``[n]`` nats, fp32, for the n targets in row-major order; or these and ``[n]`` entropies.
+    """
+    head = model.get_output_embeddings()
+    fused = isinstance(head, FusedHead)
+    with isolated_documents(model, position_ids) as mask:
+        forward = model.get_decoder() if fused else model
+        output = forward(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
+    if fused:
+        return head(output.last_hidden_state, labels, logps=options)
+    targets = next_token_targets(labels)
+    chosen = targets != IGNORE_INDEX
+    return logps_from_logits(
+        output.logits[chosen],
+        targets[chosen],
+        num_real_rows,
+        options.temperature,
+        options.with_entropy,
+    )
 
 
 def causal_lm_loss(

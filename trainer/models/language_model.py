@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from trainer.models.attention import use_document_attention
-from trainer.models.head import causal_lm_loss
+from trainer.models.head import LogpsOptions, causal_lm_logps, causal_lm_loss
 from trainer.plan.architectures import read_size
 
 PREFIX = "decoder."  # of parameter names inside ``LanguageModel``; checkpoints leave it out
@@ -38,11 +38,29 @@ class LanguageModel(nn.Module):
         position_ids: Tensor,
         labels: Tensor,
         weights: Tensor | None = None,
-    ) -> Tensor:
-        """Return the summed next-token loss; all inputs [batch, seq]."""
-        return causal_lm_loss(
-            self.decoder, input_ids, position_ids, labels, self.num_tokens, weights
-        )
+        output: Literal["loss", "logps"] = "loss",
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the summed next-token loss, or the log-probability of each target.
+
+        Args:
+            input_ids: ``[batch, seq]``.
+            position_ids: ``[batch, seq]``, starting at 0 with each document.
+            labels: ``[batch, seq]``, unshifted; ``IGNORE_INDEX`` is no target.
+            weights: ``[batch, seq]`` factor of each target's loss; None is 1. For the loss only.
+            output: ``loss`` or ``logps``.
+            temperature: what the logits are divided by; for ``logps`` only, like the next.
+            with_entropy: also return the entropies.
+
+        Returns:
+            ``[]``, with the router loss of a mixture of experts while it trains; for ``logps``
+            ``[n]`` fp32, the n targets in row-major order, or these and ``[n]`` entropies.
+        """
+        inputs = (self.decoder, input_ids, position_ids, labels, self.num_tokens)
+        if output == "loss":
+            return causal_lm_loss(*inputs, weights)
+        return causal_lm_logps(*inputs, LogpsOptions(temperature, with_entropy))
 
     @torch.no_grad()
     def continue_text(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.losses import cross_entropy
+from trainer.losses import cross_entropy, vocabulary
 from trainer.losses.cross_entropy import (
     IGNORE_INDEX,
     cross_entropy_sum,
@@ -40,9 +40,9 @@ def plain(
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cut everywhere: 5 tokens a chunk (fp64), 1 token a tile, 4 vocabulary rows a block."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 5 * VOCAB * 8)
-    monkeypatch.setattr(cross_entropy, "CPU_TILE_BYTES", 1)
-    monkeypatch.setattr(cross_entropy, "VOCAB_BLOCK", 4)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 5 * VOCAB * 8)
+    monkeypatch.setattr(vocabulary, "CPU_TILE_BYTES", 1)
+    monkeypatch.setattr(vocabulary, "VOCAB_BLOCK", 4)
     yield
 
 
@@ -232,7 +232,7 @@ def test_a_target_that_is_no_real_row_is_refused(target: int) -> None:
 
 def test_only_asked_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = make_inputs()
-    for name, frozen in (("_add_mixed_rows", weight), ("_mix_rows", hidden)):
+    for name, frozen in (("add_mixed_rows", weight), ("mix_rows", hidden)):
         with monkeypatch.context() as patch:
             patch.setattr(cross_entropy, name, lambda *args: pytest.fail("computed in vain"))
             frozen.requires_grad_(False)
@@ -249,7 +249,7 @@ def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     hidden, weight, targets = make_inputs()
     expected = linear_cross_entropy(hidden, weight, targets).item()
     monkeypatch.setattr(
-        cross_entropy, "_add_mixed_rows", lambda *args: pytest.fail("computed in vain")
+        cross_entropy, "add_mixed_rows", lambda *args: pytest.fail("computed in vain")
     )
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected)
@@ -294,7 +294,7 @@ def test_error_is_no_larger_than_that_of_plain_logits(
         hidden += 25 * weight[targets] * torch.rand(num_tokens, 1, generator=generator)
     weight, hidden = weight.to(dtype), hidden.to(dtype)
     token_weights = torch.rand(num_tokens, generator=generator) * 3 if weighted else None
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 200 * vocab * dtype.itemsize)
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 200 * vocab * dtype.itemsize)
 
     def run(compute, run_dtype):
         inputs = [x.to(run_dtype, copy=True).requires_grad_() for x in (hidden, weight)]
@@ -333,15 +333,15 @@ def test_extra_memory_does_not_grow_with_the_number_of_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The largest logits made stay within the budget for 64 and for 4,096 tokens."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2**16)
-    matmul, sizes = cross_entropy._matmul, []
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 2**16)
+    multiply, sizes = cross_entropy.multiply, []
 
     def record(left: Tensor, right: Tensor) -> Tensor:
-        result = matmul(left, right)
+        result = multiply(left, right)
         sizes.append(result.numel() * result.itemsize)
         return result
 
-    monkeypatch.setattr(cross_entropy, "_matmul", record)
+    monkeypatch.setattr(cross_entropy, "multiply", record)
     for num_tokens in (64, 4096):
         hidden, weight, targets = make_inputs(torch.float32, num_tokens, vocab=500)
         linear_cross_entropy(hidden, weight, targets).backward()
