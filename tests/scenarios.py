@@ -25,10 +25,10 @@ from trainer.data.batches.collate import Batch, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.metrics.sinks import Sinks
-from trainer.next_token import NextTokenStage
 from trainer.signals import StopRequest
 from trainer.stage import Context
 from trainer.stages import stage_class
+from trainer.store_stage import StoreStage
 
 
 def explode(batch: Batch) -> Batch:
@@ -45,7 +45,7 @@ def explode(batch: Batch) -> Batch:
     return collate(rows, length=None, pad_token_id=0, isolate=True)
 
 
-class Twisted(NextTokenStage):
+class Twisted(StoreStage):
     """What is put before a stage's own methods: the scenario's twist."""
 
     twist: dict[str, Any] = {}  # noqa: RUF012

@@ -24,6 +24,7 @@ LAYERS: list[list[str]] = [
         "trainer.inference",
     ],
     ["trainer.loop", "trainer.policy", "trainer.inputs", "trainer.held_out", "trainer.length"],
+    ["trainer.store_stage"],
     ["trainer.next_token"],
     ["trainer.stages"],
     ["launch"],

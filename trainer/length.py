@@ -19,12 +19,13 @@ def rows_per_step(config: RunConfig) -> int:
     return config.loop.global_batch_tokens // config.data.max_length
 
 
-def count_steps(config: RunConfig, store: TokenStore) -> tuple[RunConfig, list[str]]:
+def count_steps(config: RunConfig, store: TokenStore, num_rows: int) -> tuple[RunConfig, list[str]]:
     """Set ``loop.max_steps`` to what ``loop.epochs`` takes, unless it is less already.
 
     Args:
         config: with ``loop.epochs``.
         store: the run's prepared sources.
+        num_rows: rows a step takes over all ranks.
 
     Returns:
         The config, and remarks for the user.
@@ -33,10 +34,10 @@ def count_steps(config: RunConfig, store: TokenStore) -> tuple[RunConfig, list[s
     rows = make_rows(store, config.data, config.loop.seed)
     mixture = make_mixture(rows, config.data, config.loop.seed)
     epochs, limit = config.loop.epochs, config.loop.max_steps
-    needed = mixture.num_steps(epochs, rows_per_step(config))
+    needed = mixture.num_steps(epochs, num_rows)
     remarks = [
         f"loop.epochs={epochs:g} takes {needed} steps: {mixture.rows_per_pass:,.0f} rows an epoch, "
-        f"{rows_per_step(config)} rows a step"
+        f"{num_rows} rows a step"
     ]
     if limit and limit < needed:
         share = limit / needed * epochs
@@ -49,11 +50,11 @@ def count_steps(config: RunConfig, store: TokenStore) -> tuple[RunConfig, list[s
     return dataclasses.replace(config, loop=loop), remarks
 
 
-def warn_of_repetition(config: RunConfig, mixture: Mixture) -> list[str]:
+def warn_of_repetition(config: RunConfig, mixture: Mixture, num_rows: int) -> list[str]:
     """Return a warning for each source that ``loop.max_steps`` passes over very often."""
     if config.loop.epochs is not None:
         return []  # asked for in so many words
-    passes = mixture.epochs_at(config.loop.max_steps * rows_per_step(config))
+    passes = mixture.epochs_at(config.loop.max_steps * num_rows)
     return [
         f"loop.max_steps={config.loop.max_steps} passes {num:.0f} times over data.sources.{name}, "
         f"which is only {mixture.rows_per_epoch[name]} rows; a model gains little beyond "

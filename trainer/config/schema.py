@@ -48,7 +48,8 @@ class DataConfig:
     """Sources and how documents become training rows."""
 
     sources: dict[str, SourceConfig]
-    content: Literal["documents", "conversations"] = "documents"  # set by the stage's option
+    # Set by the stage's option; preferences: pairs of answers; prompts: no answers.
+    content: Literal["documents", "conversations", "preferences", "prompts"] = "documents"
     weights_are: Literal["rows", "epochs"] = "rows"  # source weights: shares of rows, or of passes
     template: str = "auto"  # conversations: auto = the tokenizer's own; a name; a .jinja file
     train_on: Literal["assistant", "last", "everything"] = "assistant"

@@ -256,13 +256,13 @@ def test_warns_of_a_small_data_set(
     vary_chat: Vary, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from trainer.data.batches.loader import make_mixture, make_rows
-    from trainer.length import warn_of_repetition
+    from trainer.length import rows_per_step, warn_of_repetition
 
     for max_steps, expected in ((5, 0), (500, 1)):
         config = load_config(vary_chat(tmp_path, loop__max_steps=max_steps))
         store = open_store(config.data, str(config.tokenizer.path))
         mixture = make_mixture(make_rows(store, config.data, 0), config.data, 0)
-        warnings = warn_of_repetition(config, mixture)
+        warnings = warn_of_repetition(config, mixture, rows_per_step(config))
         assert len(warnings) == expected
     assert "loop.max_steps=500 passes" in warnings[0] and "data.sources.chat" in warnings[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,22 @@ from trainer.losses.cross_entropy import IGNORE_INDEX
 WIDTH_UNIT = 8
 
 
+class Example(NamedTuple):
+    """What a piece of a preference row is.
+
+    Attributes:
+        pair: tells the pairs of a batch apart; equal for the two sides of one.
+        side: 1 chosen or desirable, -1 rejected or undesirable.
+        document: its number in the source.
+        margin: by how much the chosen answer is better; 0 where nobody said.
+    """
+
+    pair: tuple[int, int]
+    side: int
+    document: int
+    margin: float
+
+
 @dataclass(frozen=True)
 class Row:
     """The content of one row.
@@ -27,12 +43,42 @@ class Row:
         sample_id: global index of the row in the run; -1 for a row that only fills a batch.
         source_id: index of its source in the store.
         weights: factor of each token's loss as a target, piece by piece; None is 1.
+        examples: of preferences: what each piece is.
     """
 
     pieces: Sequence[NDArray[Any]]
     sample_id: int
     source_id: int
     weights: Sequence[NDArray[np.float32]] | None = None
+    examples: Sequence[Example] | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The n sequences of a batch of preferences, in the order of its rows and their pieces.
+
+    Attributes:
+        rows: ``[n]`` int64, the row of the batch.
+        starts: ``[n]`` int64, its first token's place in the row.
+        stops: ``[n]`` int64, the place after its last token.
+        sides: ``[n]`` int64: 1 chosen or desirable, -1 rejected or undesirable.
+        pairs: ``[n]`` int64, index of the pair in the batch; a lone example is a pair of its own.
+        documents: ``[n]`` int64, the pair's number in its source.
+        margins: ``[n]`` float32, of the pair.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    stops: Tensor
+    sides: Tensor
+    pairs: Tensor
+    documents: Tensor
+    margins: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in the batch, lone examples included."""
+        return int(self.pairs.max()) + 1 if len(self.pairs) else 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +95,7 @@ class Batch:
         source_ids: ``[rows]`` int64.
         piece_lengths: tokens of each row's pieces, in order.
         weights: ``[rows, length]`` float32, not shifted; 0 where there is no label. None is 1.
+        examples: of preferences: where the sequences are and what they are.
     """
 
     input_ids: Tensor
@@ -58,6 +105,7 @@ class Batch:
     source_ids: Tensor
     piece_lengths: Sequence[Sequence[int]]
     weights: Tensor | None = None
+    examples: Examples | None = None
 
     @property
     def num_targets(self) -> float:
@@ -127,4 +175,41 @@ def collate(rows: Sequence[Row], *, length: int | None, pad_token_id: int, isola
         source_ids=torch.tensor([row.source_id for row in rows], dtype=torch.int64),
         piece_lengths=[[len(piece) for piece in row.pieces] for row in rows],
         weights=None if weights is None else torch.from_numpy(weights),
+        examples=_locate_examples(rows),
+    )
+
+
+def split_sequences(row: Row) -> list[Row]:
+    """Return a row for each sequence of a row of preferences, for models that packing leaks in."""
+    if not row.examples:
+        return [row]  # it only fills a batch
+    assert row.weights is not None
+    return [
+        Row([piece], row.sample_id, row.source_id, [weights], [example])
+        for piece, weights, example in zip(row.pieces, row.weights, row.examples, strict=True)
+    ]
+
+
+def _locate_examples(rows: Sequence[Row]) -> Examples | None:
+    if all(row.examples is None for row in rows):
+        return None
+    numbers: dict[tuple[int, int], int] = {}
+    places: list[tuple[int, int, int]] = []
+    examples: list[Example] = []
+    for number, row in enumerate(rows):
+        at = 0
+        for piece, example in zip(row.pieces, row.examples or (), strict=True):
+            places.append((number, at, at + len(piece)))
+            numbers.setdefault(example.pair, len(numbers))
+            examples.append(example)
+            at += len(piece)
+    in_rows, starts, stops = torch.tensor(places, dtype=torch.int64).view(-1, 3).T.contiguous()
+    return Examples(
+        rows=in_rows,
+        starts=starts,
+        stops=stops,
+        sides=torch.tensor([example.side for example in examples], dtype=torch.int64),
+        pairs=torch.tensor([numbers[example.pair] for example in examples], dtype=torch.int64),
+        documents=torch.tensor([example.document for example in examples], dtype=torch.int64),
+        margins=torch.tensor([example.margin for example in examples], dtype=torch.float32),
     )

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import DataConfig
-from trainer.data.batches.collate import Batch, Row, batch_width, collate
+from trainer.data.batches.collate import Batch, Row, batch_width, collate, split_sequences
+from trainer.data.batches.pairs import read_pairs
 from trainer.data.prepared.store import TokenStore
 from trainer.errors import DataError
 
@@ -66,6 +67,8 @@ class EvalLoader:
             self.num_targets = sum(int((self._weights(i)[1:] > 0).sum()) for i in self.documents)
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self._max_length = data_config.max_length
+        self._of_pairs = self._source.first_lengths is not None
+        self._isolate = self._of_pairs and data_config.packing  # both sequences in one row
         self._windows = self._cut(lengths, self._max_length)
         self.num_batches = -(-len(self._windows) // (micro_batch_size * world_size))
 
@@ -85,14 +88,18 @@ class EvalLoader:
         for index in range(self.num_batches):
             start = (index * self.world_size + self.rank) * self.micro_batch_size
             rows = [self._row(i) for i in range(start, start + self.micro_batch_size)]
+            if self._of_pairs and not self._isolate:
+                rows = [sequence for row in rows for sequence in split_sequences(row)]
             pad = self._store.pad_token_id
             width = batch_width(rows, self._max_length)
-            yield collate(rows, length=width, pad_token_id=pad, isolate=False)
+            yield collate(rows, length=width, pad_token_id=pad, isolate=self._isolate)
 
     def _row(self, index: int) -> Row:
         if index >= len(self._windows):
-            return Row([], -1, self._source_id)
+            return Row([], -1, self._source_id, examples=[] if self._of_pairs else None)
         document, start, stop = self._windows[index]
+        if self._of_pairs:
+            return read_pairs(self._source, [document], index, self._source_id)
         pieces = [self._source.document(document)[start:stop]]
         if self._source.weights is None:
             return Row(pieces, index, self._source_id)

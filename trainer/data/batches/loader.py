@@ -15,12 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data.batches.collate import Batch, Row, batch_width, collate
+from trainer.data.batches.collate import Batch, Row, batch_width, collate, split_sequences
 from trainer.data.batches.mixture import Mixture
 from trainer.data.batches.pack import Packer, Piece, Rows, WholePacker
+from trainer.data.batches.pairs import read_pairs
 from trainer.data.prepared.store import SourceStore, TokenStore
 from trainer.errors import ConfigError
 
+WHOLE = ("conversations", "preferences")  # never cut: preparation made them fit
 PREFETCH_BATCHES = 2  # hides the page faults of a store on a network file system
 
 
@@ -46,7 +48,7 @@ def _rows_of(source: SourceStore, name: str, data: DataConfig, seed: int) -> Row
     documents = source.document_ids(held_out=False)
     lengths = np.diff(source.offsets)[documents]
     key = f"{seed}/{name}"
-    if data.content == "conversations" and data.packing:
+    if data.content in WHOLE and data.packing:
         return WholePacker(documents, lengths, max_length=data.max_length, seed_key=key)
     return Packer(
         documents, lengths, max_length=data.max_length, packing=data.packing, seed_key=key
@@ -161,6 +163,8 @@ class TrainLoader:
             drawn = self._by_length(step)[at : at + self.micro_batch_size]
         config = self.data_config
         rows = [self._read(row) for row in drawn]
+        if config.content == "preferences" and not config.packing:
+            rows = [sequence for row in rows for sequence in split_sequences(row)]
         return collate(
             rows,
             length=config.max_length if self._full_rows else batch_width(rows, config.max_length),
@@ -185,6 +189,9 @@ class TrainLoader:
 
     def _read(self, drawn: DrawnRow) -> Row:
         source = self._sources[drawn.source_id]
+        if source.first_lengths is not None:
+            documents = [piece.document for piece in drawn.pieces]
+            return read_pairs(source, documents, drawn.number, drawn.source_id)
         pieces, weights = [], []
         for document, start, stop in drawn.pieces:
             pieces.append(source.document(document)[start:stop])

@@ -52,6 +52,10 @@ class SourceStore:
         manifest: what ``kuroshio prepare`` recorded.
         weights: ``[num_tokens]`` of conversations: factor of each token's loss as a target, 0 for
             none; documents have no such array.
+        first_lengths: ``[num_documents]`` of preferences: tokens of the chosen sequence, after
+            which the rejected one begins; either may be empty. Others have no such array.
+        margins: ``[num_documents]`` of preferences: by how much the chosen answer is better, 0
+            where nobody said. Others have no such array.
     """
 
     name: str
@@ -64,6 +68,8 @@ class SourceStore:
     holdout_share: float
     manifest: Mapping[str, Any]
     weights: NDArray[np.float32] | None = None
+    first_lengths: NDArray[np.uint32] | None = None
+    margins: NDArray[np.float32] | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str, holdout_share: float) -> SourceStore:
@@ -87,6 +93,8 @@ class SourceStore:
             holdout_share=holdout_share,
             manifest=manifest,
             weights=mapped.get("weights"),
+            first_lengths=mapped.get("first_lengths"),
+            margins=mapped.get("margins"),
         )
 
     def document_ids(self, held_out: bool) -> NDArray[np.int64]:
