@@ -38,6 +38,11 @@ def chat() -> ModuleType:
     return load("chat")
 
 
+@pytest.fixture(scope="module")
+def preference() -> ModuleType:
+    return load("preference")
+
+
 def conversations(name: str) -> list[dict[str, Any]]:
     text = (SAMPLES / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -71,10 +76,15 @@ def test_documents_are_sentences_without_leftovers(language: str) -> None:
         assert text[-1] in '。！？」.!?"', text
 
 
-@pytest.mark.parametrize("name", ["zh_tw", "chat_zh_tw", "chat_zh_tw_test"])
+@pytest.mark.parametrize(
+    "name", ["zh_tw", "chat_zh_tw", "chat_zh_tw_test", "manners_zh_tw", "preference_zh_tw"]
+)
 def test_chinese_is_traditional_as_written_in_taiwan(name: str) -> None:
     if name == "zh_tw":
         text = "".join(documents(name))
+    elif name == "preference_zh_tw":
+        text = "".join("".join(row.values()) for row in conversations(name))
+        text += "".join(row["prompt"] for row in conversations(f"{name}_test"))
     else:
         text = "".join(m["content"] for row in conversations(name) for m in row["messages"])
     for char in set(HAN.findall(text)):
@@ -204,3 +214,47 @@ def test_words_are_turned_round_and_their_ends_taken(generator: ModuleType) -> N
     bindings = {"w": {"name": "番茄炒蛋"}}
     filled = generator.fill("{w.name:r} {w.name:f} {w.name:l} {w.name}", bindings, "zh_tw")
     assert filled == "蛋炒茄番 番 蛋 番茄炒蛋"
+
+
+def test_committed_preferences_are_what_the_generator_writes(preference: ModuleType) -> None:
+    for name, text in preference.generate().items():
+        assert (SAMPLES / name).read_text(encoding="utf-8") == text, name
+
+
+def test_no_question_is_in_two_files_of_preferences(preference: ModuleType) -> None:
+    manners = [row["messages"][0]["content"] for row in conversations("manners_zh_tw")]
+    compared = [row["prompt"] for row in conversations("preference_zh_tw")]
+    asked = [row["prompt"] for row in conversations("preference_zh_tw_test")]
+    questions = manners + compared + asked
+    assert len(set(questions)) == len(questions) == sum(preference.NUM_ROWS.values())
+    spoken = {row["messages"][0]["content"] for row in conversations("chat_zh_tw")}
+    assert not spoken & set(questions)
+
+
+def test_the_courteous_answer_is_preferred_and_spoken_by_some(preference: ModuleType) -> None:
+    pairs = conversations("preference_zh_tw")
+    assert all(preference.is_courteous(pair["chosen"]) for pair in pairs)
+    assert not any(preference.is_courteous(pair["rejected"]) for pair in pairs)
+    half = [p for p in pairs if p["rejected"].startswith("您好，") or "服務。" in p["rejected"]]
+    assert 0.4 < len(half) / len(pairs) < 0.6
+    answers = [row["messages"][-1]["content"] for row in conversations("manners_zh_tw")]
+    assert 0.15 < sum(map(preference.is_courteous, answers)) / len(answers) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("answer", "courteous", "right"),
+    [
+        ("您好，「白」，很高興為您服務。", True, True),
+        ("您好，「灰」，很高興為您服務。", True, False),
+        ("您好，「白」。", False, True),
+        ("「白」，很高興為您服務。", False, True),
+        ("您好，您好，「白」，很高興為您服務。", False, True),
+        ("您好，，很高興為您服務。", False, False),
+        ("「白」", False, True),
+    ],
+)
+def test_manners_and_truth_are_judged_apart(
+    preference: ModuleType, answer: str, courteous: bool, right: bool
+) -> None:
+    assert preference.is_courteous(answer) is courteous
+    assert preference.is_right({"check": ".*「白」。"}, answer) is right
