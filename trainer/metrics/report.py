@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from trainer.errors import StorageError
-from trainer.metrics.charts import Axis, Curve, draw_chart, smooth
 from trainer.metrics.console import show_count, show_duration
+from trainer.metrics.formats import show_number, show_setting, show_share, show_text, show_time
 from trainer.metrics.history import RECORD_KEYS, Record, Run, load_run
+from trainer.metrics.run_charts import draw_charts, source_names
 
 TEMPLATE = "report.html.j2"
-
-# Key of a training record, title, how its axis reads, whether it is noisy and wants smoothing.
-TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
-    ("lr", "Learning rate", "plain", False),
-    ("grad_norm", "Gradient norm", "plain", True),
-    ("tokens_per_s", "Throughput (tokens per second)", "count", True),
-    ("memory_gib", "Peak memory of rank 0 (GiB)", "plain", False),
-    ("mfu", "Model FLOPs utilisation", "percent", True),
-    ("loss_scale", "Loss scale", "log", False),
-)
-# Key of an evaluation, title, how its axis reads.
-EVAL_CHARTS: tuple[tuple[str, str, Axis], ...] = (
-    ("bits_per_character", "Bits per character, held-out", "plain"),
-    ("perplexity", "Perplexity per token, held-out", "log"),
-)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart and what is written under it."""
-
-    title: str
-    svg: Markup
-    legend: list[tuple[str, int]]  # curve name, colour
-    caption: str
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -134,60 +107,6 @@ def summarise(run: Run) -> list[tuple[str, str]]:
     return tiles
 
 
-def draw_charts(run: Run) -> list[Chart]:
-    """Draw what is recorded: the loss, the held-out curves, then every other figure."""
-    return [
-        *_draw_train_chart(run, "loss", "Training loss", "plain", True),
-        *(chart for row in EVAL_CHARTS for chart in _draw_eval_chart(run, *row)),
-        *(chart for row in TRAIN_CHARTS for chart in _draw_train_chart(run, *row)),
-    ]
-
-
-def _draw_train_chart(run: Run, key: str, title: str, axis: Axis, noisy: bool) -> list[Chart]:
-    """Draw one figure of the training records, or nothing where it is not recorded."""
-    steps, values, num_lost = series(run.train, key)
-    if not steps:
-        return []
-    curves = [Curve(steps, values, faint=noisy)]
-    if noisy:
-        curves.append(Curve(steps, smooth(values)))
-    show = show_share if axis == "percent" else show_number
-    low, high, last = map(show, (min(values), max(values), values[-1]))
-    caption = f"last {last} · lowest {low} · highest {high}"
-    if num_lost:
-        caption += f" · {num_lost} not finite"
-    # The SVG is our own and holds no text of the run's.
-    return [Chart(title, Markup(draw_chart(key, curves, axis)), [], caption)]
-
-
-def _draw_eval_chart(run: Run, key: str, title: str, axis: Axis) -> list[Chart]:
-    """Draw one held-out figure, a colour for each source."""
-    curves, legend = [], []
-    for colour, name in enumerate(source_names(run)):
-        rows = [
-            {"step": record["step"], **record["sources"][name]}
-            for record in run.evals
-            if name in record["sources"]
-        ]
-        steps, values, _ = series(rows, key)
-        if steps:
-            curves.append(Curve(steps, values, marked=True, colour=colour))
-            legend.append((name, colour))
-    return [Chart(title, Markup(draw_chart(key, curves, axis)), legend, "")] if curves else []
-
-
-def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float], int]:
-    """Return steps and finite values of ``key``, and how many values were not finite."""
-    points = [(record["step"], float(record[key])) for record in records if key in record]
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
-    return [step for step, _ in finite], [value for _, value in finite], len(points) - len(finite)
-
-
-def source_names(run: Run) -> list[str]:
-    """Return the evaluated sources in order of appearance."""
-    return list(dict.fromkeys(name for record in run.evals for name in record["sources"]))
-
-
 def compare(run: Run) -> list[dict[str, Any]]:
     """Return each source's first and last evaluation and the relative change in between."""
     rows = []
@@ -221,46 +140,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
         else:
             rows.append((f"{prefix}{key}", value))
     return rows
-
-
-def show_number(value: Any) -> str:
-    """Return a figure with at least four significant digits, a whole number with separators."""
-    if value is None:
-        return "–"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.4g}"
-    num_decimals = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return f"{value:,.{num_decimals}f}"
-
-
-def show_share(value: float) -> str:
-    """Return 0.034 as 3.4%."""
-    return f"{value:.1%}"
-
-
-def show_setting(value: Any) -> str:
-    """Return a figure without trailing zeros, a path or word as it is."""
-    if not isinstance(value, float):
-        return show_number(value)
-    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
-
-
-# A young model writes control characters; Unicode has pictures of them, HTML forbids them.
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-
-
-def show_text(text: str) -> str:
-    """Return what a model wrote with its control characters made visible."""
-    return text.translate({**CONTROL_PICTURES, 0x7F: 0x2421})
-
-
-def show_time(seconds: float) -> str:
-    """Return seconds since the epoch as local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def show_fields(event: Record) -> str:

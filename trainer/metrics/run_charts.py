@@ -1,0 +1,92 @@
+"""The charts of a run: its training and held-out figures over steps, and drawings of scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from trainer.metrics.charts import Axis, Curve, draw_chart, smooth
+from trainer.metrics.formats import show_number, show_share
+from trainer.metrics.history import Record, Run
+
+# Key of a training record, title, how its axis reads, whether it is noisy and wants smoothing.
+TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
+    ("lr", "Learning rate", "plain", False),
+    ("grad_norm", "Gradient norm", "plain", True),
+    ("tokens_per_s", "Throughput (tokens per second)", "count", True),
+    ("memory_gib", "Peak memory of rank 0 (GiB)", "plain", False),
+    ("mfu", "Model FLOPs utilisation", "percent", True),
+    ("loss_scale", "Loss scale", "log", False),
+)
+# Key of an evaluation, title, how its axis reads.
+EVAL_CHARTS: tuple[tuple[str, str, Axis], ...] = (
+    ("bits_per_character", "Bits per character, held-out", "plain"),
+    ("perplexity", "Perplexity per token, held-out", "log"),
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart and what is written under it."""
+
+    title: str
+    svg: Markup
+    legend: list[tuple[str, int]]  # curve name, colour
+    caption: str
+
+
+def draw_charts(run: Run) -> list[Chart]:
+    """Draw what is recorded: the loss, the held-out curves, then every other figure."""
+    return [
+        *_draw_train_chart(run, "loss", "Training loss", "plain", True),
+        *(chart for row in EVAL_CHARTS for chart in _draw_eval_chart(run, *row)),
+        *(chart for row in TRAIN_CHARTS for chart in _draw_train_chart(run, *row)),
+    ]
+
+
+def _draw_train_chart(run: Run, key: str, title: str, axis: Axis, noisy: bool) -> list[Chart]:
+    """Draw one figure of the training records, or nothing where it is not recorded."""
+    steps, values, num_lost = series(run.train, key)
+    if not steps:
+        return []
+    curves = [Curve(steps, values, faint=noisy)]
+    if noisy:
+        curves.append(Curve(steps, smooth(values)))
+    show = show_share if axis == "percent" else show_number
+    low, high, last = map(show, (min(values), max(values), values[-1]))
+    caption = f"last {last} · lowest {low} · highest {high}"
+    if num_lost:
+        caption += f" · {num_lost} not finite"
+    # The SVG is our own and holds no text of the run's.
+    return [Chart(title, Markup(draw_chart(key, curves, axis)), [], caption)]
+
+
+def _draw_eval_chart(run: Run, key: str, title: str, axis: Axis) -> list[Chart]:
+    """Draw one held-out figure, a colour for each source."""
+    curves, legend = [], []
+    for colour, name in enumerate(source_names(run)):
+        rows = [
+            {"step": record["step"], **record["sources"][name]}
+            for record in run.evals
+            if name in record["sources"]
+        ]
+        steps, values, _ = series(rows, key)
+        if steps:
+            curves.append(Curve(steps, values, marked=True, colour=colour))
+            legend.append((name, colour))
+    return [Chart(title, Markup(draw_chart(key, curves, axis)), legend, "")] if curves else []
+
+
+def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float], int]:
+    """Return steps and finite values of ``key``, and how many values were not finite."""
+    points = [(record["step"], float(record[key])) for record in records if key in record]
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite], len(points) - len(finite)
+
+
+def source_names(run: Run) -> list[str]:
+    """Return the evaluated sources in order of appearance."""
+    return list(dict.fromkeys(name for record in run.evals for name in record["sources"]))
