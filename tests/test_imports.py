@@ -22,6 +22,7 @@ LAYERS: list[list[str]] = [
         "trainer.signals",
         "trainer.environment",
         "trainer.inference",
+        "trainer.rollout",
     ],
     ["trainer.loop", "trainer.policy", "trainer.inputs", "trainer.held_out", "trainer.length"],
     ["trainer.store_stage"],
@@ -173,7 +174,7 @@ def test_every_door_is_used() -> None:
         ("trainer.losses.dpo", "from trainer.config import build"),
         ("trainer.plan.memory", "import torch"),
         ("tokenizer.merge", "from trainer.config import build"),
-        ("trainer.rollout.generate", "from trainer.errors import DataError"),
+        ("trainer.serving.generate", "from trainer.errors import DataError"),
     ],
 )
 def test_rule_catches(name: str, source: str) -> None:

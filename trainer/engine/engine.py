@@ -22,11 +22,18 @@ from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
 from trainer.config import EngineConfig, OptimConfig
-from trainer.engine.fragments import Fragment, basic_optimizer, iterate_fragments, set_adam_step
+from trainer.engine.fragments import (
+    Fragment,
+    basic_optimizer,
+    iterate_fragments,
+    reset_cpu_adam,
+    set_adam_step,
+)
 from trainer.engine.grouping import global_norm, group_parameters, num_weights
+from trainer.engine.hooks import hooks_off
 from trainer.engine.ops import build_ops, needed_ops
 from trainer.engine.precision import DTYPES as DTYPES
-from trainer.engine.precision import native_precision
+from trainer.engine.precision import SCALER_KEYS, find_scaler, native_precision
 from trainer.errors import ConfigError, NumericsError
 
 LOG = logging.getLogger(__name__)
@@ -186,7 +193,8 @@ class Engine:
                 group["lr"] = lr * group["lr_factor"]
             if self._plain_fp32:
                 self._grad_norm = global_norm(self.engine.module.parameters())
-            self._reset_cpu_adam()
+            if self._cpu_adam:
+                reset_cpu_adam(self.optimizer)
         self.engine.step()
         if boundary and self.precision == "fp16":
             self._stop_on_collapsed_scale()
@@ -194,22 +202,6 @@ class Engine:
     @property
     def _plain_fp32(self) -> bool:
         return self.config.zero_stage == 0 and self.precision == "fp32"
-
-    def _reset_cpu_adam(self) -> None:
-        """Make the C++ Adam's bias correction a function of the step alone.
-
-        It multiplies beta**t up from call to call, so a resumed run (which starts from
-        ``pow(beta, t)``) would differ in the last bits. A call on an empty tensor with a far
-        step makes the next real call use ``pow`` as well.
-        """
-        basic: Any = basic_optimizer(self.optimizer)
-        if self._cpu_adam and "ds_opt_adam" in vars(basic):
-            empty = torch.zeros(0)
-            group = basic.param_groups[0]
-            basic.ds_opt_adam.adam_update(
-                basic.opt_id, 2**40, 0.0, *group["betas"], group["eps"], 0.0, True,
-                empty, empty, empty, empty,
-            )  # fmt: skip
 
     def grad_norm(self) -> torch.Tensor:
         """Return the gradient norm of the last step, before clipping: [] on its device."""
@@ -231,6 +223,21 @@ class Engine:
                 "every step overflows, so nothing is learnt any more. Lower optim.lr, raise "
                 "schedule.warmup_steps, check the data of the last steps, or use bf16 hardware"
             )
+
+    @contextmanager
+    def gathered(self, module: torch.nn.Module) -> Iterator[None]:
+        """Hold the parameters of ``module`` whole on every rank, for many forwards without ranks.
+
+        Under ZeRO-3 they are gathered once, and DeepSpeed's hooks, which would do so in every
+        forward, are off; below it there is nothing to do. For between steps, not within one.
+        """
+        if self.config.zero_stage < 3:
+            return (yield)
+        split = self.optimizer.parameter_offload
+        split.partition_all_parameters()  # also those still held or on their way since the last use
+        hooks = [*split.forward_hooks, *split.backward_hooks]
+        with deepspeed.zero.GatheredParameters(module.parameters()), hooks_off(module, hooks):
+            yield
 
     def fragments(self, *, write: bool = False) -> Iterator[Fragment]:
         """Yield this rank's share of masters and moments (see ``fragments.py``)."""
@@ -261,7 +268,7 @@ class Engine:
     def scaler_state(self) -> dict[str, float]:
         """Return fp16's loss-scale state as numbers (empty otherwise)."""
         scaler = self._scaler()
-        return {} if scaler is None else {key: vars(scaler)[key] for key in _SCALER_KEYS}
+        return {} if scaler is None else {key: vars(scaler)[key] for key in SCALER_KEYS}
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
         """Restore what ``scaler_state`` returned."""
@@ -271,13 +278,7 @@ class Engine:
                 setattr(scaler, key, value)
 
     def _scaler(self) -> Any:
-        if self.precision != "fp16":
-            return None
-        own = vars(self.optimizer)
-        return own["loss_scaler"] if "loss_scaler" in own else own["loss_scale_config"]
-
-
-_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")
+        return find_scaler(self.optimizer) if self.precision == "fp16" else None
 
 
 def make_optimizer(

@@ -77,6 +77,23 @@ def set_adam_step(optimizer: Any, step: int) -> None:
             state["step"] = step
 
 
+def reset_cpu_adam(optimizer: Any) -> None:
+    """Make the C++ Adam's bias correction a function of the step alone.
+
+    It multiplies beta**t up from call to call, so a resumed run (which starts from ``pow(beta,
+    t)``) would differ in the last bits. A call on an empty tensor with a far step makes the next
+    real call use ``pow`` as well.
+    """
+    basic: Any = basic_optimizer(optimizer)
+    if "ds_opt_adam" in vars(basic):
+        empty = torch.zeros(0)
+        group = basic.param_groups[0]
+        basic.ds_opt_adam.adam_update(
+            basic.opt_id, 2**40, 0.0, *group["betas"], group["eps"], 0.0, True,
+            empty, empty, empty, empty,
+        )  # fmt: skip
+
+
 def _ensure_state(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
     """Return Adam's state of ``flat``, created as zeros where no step was taken yet."""
     basic = basic_optimizer(optimizer)

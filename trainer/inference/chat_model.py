@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
@@ -23,8 +22,7 @@ from trainer.data.chats.conversation import Message
 from trainer.inference.decoding import Decoding
 from trainer.inference.sampling import sampling_processors
 from trainer.inference.text_stream import AnswerStream
-
-LENGTH_KEYS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions")
+from trainer.models.context import context_length
 
 
 @dataclass(frozen=True)
@@ -206,9 +204,3 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     rows = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(rows), torch.tensor(masks)
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Return the positions a model was made for; None where its config names no limit."""
-    values = config.get_text_config().to_dict()
-    return next((int(values[key]) for key in LENGTH_KEYS if values.get(key)), None)

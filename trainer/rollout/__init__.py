@@ -1,0 +1,1 @@
+"""Answers during training, and what they are worth."""
