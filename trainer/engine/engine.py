@@ -178,6 +178,13 @@ class Engine:
         """Run the model's forward."""
         return self.engine(**inputs)
 
+    def announce(self, *, is_last: bool) -> None:
+        """Say whether the next micro-batch is its window's last, where their number varies.
+
+        Who announces one micro-batch announces all.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of ``loss`` (already divided by the global target count).
 
