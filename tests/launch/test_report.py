@@ -123,6 +123,35 @@ def test_page_is_self_contained_and_escaped(run_dir: Path) -> None:
     assert not re.search(r"url\((?!#)|@import|<link|<img", html)
 
 
+def test_page_of_a_reward_model(run_dir: Path) -> None:
+    """Plots and tables are those of the last evaluation; texts in them are escaped."""
+    lines: list[dict[str, Any]] = []
+    for step, accuracy in ((0, 0.5), (30, 0.6215)):
+        figures = {"loss": 0.7, "accuracy": accuracy, "accuracy_low": 0.5432,
+                   "accuracy_high": 0.6789, "num_pairs": 321}  # fmt: skip
+        pair = {"chosen": f"<em>{step}</em>", "margin": 1.2345678 + step}
+        bins = [{"confidence": 0.55, "accuracy": 0.5, "num": 1200 + step}]
+        lines += [
+            {"split": "eval", "step": step, "time": 1e9, "sources": {"pairs": figures}},
+            {"split": "plot", "step": step, "kind": "histogram", "title": "Held-out rewards",
+             "edges": [-1.0, 0.0, 1.0], "counts": {"chosen": [1, 2], "rejected <i>": [2, 1]}},
+            {"split": "plot", "step": step, "kind": "calibration", "title": "Right how often",
+             "bins": bins},
+            {"split": "table", "step": step, "title": "Margins", "rows": [pair]},
+        ]  # fmt: skip
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
+    html = write_report(run_dir).read_text("utf-8")
+    page = Page(html)
+    assert page.open == [] and "<em>" not in html and "<i>" not in html
+    text = re.sub(r"\s+", " ", page.text)
+    for part in ("0.5000 → 0.6215 (54.3% to 67.9%)", "pairs in the bins: 1,230", "rejected <i>",
+                 "<em>30</em> 31.23", "Accuracy low", "321"):  # fmt: skip
+        assert part in text, part
+    for gone in ("<em>0</em>", "1,200", "Bits per character"):
+        assert gone not in text
+    assert text.count("Held-out rewards") == 1 and html.count("<svg") == 3
+
+
 def test_secrets_do_not_reach_the_page(run_dir: Path) -> None:
     html = write_report(run_dir).read_text("utf-8")
     assert "do-not-show" not in html and "[redacted]" in html

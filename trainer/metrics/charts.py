@@ -1,15 +1,16 @@
-"""Curves as SVG that a page can colour: light and dark come from its CSS variables."""
+"""Charts as SVG that a page can colour: light and dark come from its CSS variables."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     EngFormatter,
@@ -79,6 +80,58 @@ def draw_chart(name: str, curves: Sequence[Curve], axis: Axis = "plain") -> str:
         curves: in drawing order.
         axis: how the vertical axis reads.
     """
+
+    def paint(axes: Axes) -> None:
+        for curve in curves:
+            _draw_curve(axes, curve)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _format_axis(axes, axis)
+        axes.margins(x=0.02, y=0.1)
+
+    return _draw(name, paint)
+
+
+def draw_histogram(name: str, edges: Sequence[float], counts: Sequence[Sequence[int]]) -> str:
+    """Return overlaid histograms as an ``<svg>`` element, a colour for each.
+
+    Args:
+        name: of the chart, unique on its page.
+        edges: ``[bins + 1]`` of the common bins.
+        counts: ``[groups][bins]``.
+    """
+
+    def paint(axes: Axes) -> None:
+        for index, own in enumerate(counts):
+            colour = COLOURS[index % NUM_COLOURS]
+            axes.stairs(own, edges, color=colour, linewidth=1.5)
+            axes.stairs(own, edges, color=colour, fill=True, alpha=0.2, linewidth=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.margins(x=0.02)
+
+    return _draw(name, paint)
+
+
+def draw_calibration(name: str, confidence: Sequence[float], accuracy: Sequence[float]) -> str:
+    """Return how often a judge is right over how sure it is, beside the diagonal, as ``<svg>``.
+
+    Args:
+        name: of the chart, unique on its page.
+        confidence: ``[bins]`` means, 0.5 to 1.
+        accuracy: ``[bins]`` shares, 0 to 1.
+    """
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=DASHES[1])
+        axes.plot(confidence, accuracy, color=COLOURS[0], linewidth=1.7, marker="o", markersize=4)
+        axes.set_xlim(0.48, 1.02)
+        for part in (axes.xaxis, axes.yaxis):
+            part.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+    return _draw(name, paint)
+
+
+def _draw(name: str, paint: Callable[[Axes], None]) -> str:
+    """Return what ``paint`` draws, in the page's style."""
     style = {
         "svg.fonttype": "none",  # text stays text: the page's fonts, CJK included
         "svg.hashsalt": name,
@@ -88,22 +141,18 @@ def draw_chart(name: str, curves: Sequence[Curve], axis: Axis = "plain") -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4, 2.2), layout="constrained")
         axes = figure.add_subplot()
-        for curve in curves:
-            _draw_curve(axes, curve)
+        paint(axes)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.tick_params(which="both", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _format_axis(axes, axis)
-        axes.margins(x=0.02, y=0.1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _colour(buffer.getvalue())
 
 
-def _draw_curve(axes: matplotlib.axes.Axes, curve: Curve) -> None:
+def _draw_curve(axes: Axes, curve: Curve) -> None:
     steps, values = thin(curve.steps, curve.values)
     axes.plot(
         steps,
@@ -117,7 +166,7 @@ def _draw_curve(axes: matplotlib.axes.Axes, curve: Curve) -> None:
     )
 
 
-def _format_axis(axes: matplotlib.axes.Axes, axis: Axis) -> None:
+def _format_axis(axes: Axes, axis: Axis) -> None:
     """Set scale and labels of the vertical axis."""
     if axis == "log":
         axes.set_yscale("log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class Run:
     evals: list[Record]
     samples: list[Record]
     events: list[Record]
+    plots: list[Record]
+    tables: list[Record]
     lives: list[Record]
 
     @property
@@ -62,6 +65,7 @@ def load_run(run_dir: Path) -> Run:
         )
     config = yaml.safe_load(config_path.read_text("utf-8")) if config_path.exists() else {}
     splits: dict[str, list[Record]] = {"train": [], "eval": [], "sample": [], "event": []}
+    splits |= {"plot": [], "table": []}
     for record in read_journal(journal):
         splits.get(record["split"], []).append(record)
     # An evaluation done again after a resume replaces the one before.
@@ -73,5 +77,12 @@ def load_run(run_dir: Path) -> Run:
         [evals[step] for step in sorted(evals)],
         splits["sample"],
         splits["event"],
+        last_of_each_title(splits["plot"]),
+        last_of_each_title(splits["table"]),
         list(read_lines(run_dir / LIVES_NAME)),
     )
+
+
+def last_of_each_title(records: Iterable[Record]) -> list[Record]:
+    """Return the last record of each title, in the order in which the titles appeared."""
+    return list({record["title"]: record for record in records}.values())

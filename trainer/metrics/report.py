@@ -19,6 +19,16 @@ from trainer.metrics.run_charts import draw_charts, source_names
 
 TEMPLATE = "report.html.j2"
 
+# Held-out figures whose first and last values are compared, where they are recorded.
+COMPARED = {
+    "bits_per_character": "Bits per character",
+    "bits_per_byte": "Bits per byte",
+    "perplexity": "Perplexity per token",
+    "accuracy": "Accuracy",
+    "margin": "Margin",
+    "calibration_error": "Calibration error",
+}
+
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run.
@@ -59,6 +69,8 @@ def render_report(run: Run) -> str:
     )
     environment.filters.update(setting=show_setting, visible=show_text)
     environment.filters.update(number=show_number, when=show_time, fields=show_fields)
+    environment.filters.update(share=show_share)
+    recorded = held_out_figures(run)
     return environment.get_template(TEMPLATE).render(
         run=run,
         name=run.config.get("name") or run.run_dir.name,
@@ -66,6 +78,7 @@ def render_report(run: Run) -> str:
         tiles=summarise(run),
         charts=draw_charts(run),
         comparison=compare(run),
+        compared=[(key, title) for key, title in COMPARED.items() if key in recorded],
         last_samples=[s for s in run.samples if s["step"] == run.samples[-1]["step"]],
         older_samples=[s for s in run.samples if s["step"] != run.samples[-1]["step"]],
         eval_rows=[
@@ -73,6 +86,7 @@ def render_report(run: Run) -> str:
             for record in run.evals
             for name, figures in record["sources"].items()
         ],
+        eval_columns=recorded,
         mixture=tabulate(run.event("mixture")),
         lives=[dict(flatten(life)) for life in run.lives],
         environment=flatten(run.event("environment")),
@@ -114,13 +128,22 @@ def compare(run: Run) -> list[dict[str, Any]]:
         found = [record for record in run.evals if name in record["sources"]]
         first, last = found[0], found[-1]
         row: dict[str, Any] = {"source": name, "from": first["step"], "to": last["step"]}
-        for key in ("bits_per_character", "bits_per_byte", "perplexity"):
+        for key in COMPARED:
             before, after = first["sources"][name].get(key), last["sources"][name].get(key)
             row[key] = None if before is None or after is None else (float(before), float(after))
         pair = row["bits_per_character"]
         row["change"] = None if pair is None or not pair[0] else pair[1] / pair[0] - 1
+        figures = last["sources"][name]
+        if "accuracy_low" in figures:
+            row["interval"] = figures["accuracy_low"], figures["accuracy_high"]
         rows.append(row)
     return rows
+
+
+def held_out_figures(run: Run) -> list[str]:
+    """Return the names of all figures that an evaluation recorded, in order of appearance."""
+    figures = (figures for record in run.evals for figures in record["sources"].values())
+    return list(dict.fromkeys(key for own in figures for key in own))
 
 
 def tabulate(columns: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

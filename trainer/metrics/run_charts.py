@@ -8,12 +8,21 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from trainer.metrics.charts import Axis, Curve, draw_chart, smooth
+from trainer.metrics.charts import (
+    Axis,
+    Curve,
+    draw_calibration,
+    draw_chart,
+    draw_histogram,
+    smooth,
+)
 from trainer.metrics.formats import show_number, show_share
 from trainer.metrics.history import Record, Run
 
 # Key of a training record, title, how its axis reads, whether it is noisy and wants smoothing.
 TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
+    ("accuracy", "Accuracy in training", "percent", True),
+    ("margin", "Margin in training", "plain", True),
     ("lr", "Learning rate", "plain", False),
     ("grad_norm", "Gradient norm", "plain", True),
     ("tokens_per_s", "Throughput (tokens per second)", "count", True),
@@ -25,6 +34,9 @@ TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
 EVAL_CHARTS: tuple[tuple[str, str, Axis], ...] = (
     ("bits_per_character", "Bits per character, held-out", "plain"),
     ("perplexity", "Perplexity per token, held-out", "log"),
+    ("accuracy", "Accuracy, held-out", "percent"),
+    ("margin", "Margin, held-out", "plain"),
+    ("calibration_error", "Calibration error, held-out", "plain"),
 )
 
 
@@ -42,6 +54,7 @@ def draw_charts(run: Run) -> list[Chart]:
     """Draw what is recorded: the loss, the held-out curves, then every other figure."""
     return [
         *_draw_train_chart(run, "loss", "Training loss", "plain", True),
+        *map(_draw_plot, run.plots),
         *(chart for row in EVAL_CHARTS for chart in _draw_eval_chart(run, *row)),
         *(chart for row in TRAIN_CHARTS for chart in _draw_train_chart(run, *row)),
     ]
@@ -78,6 +91,19 @@ def _draw_eval_chart(run: Run, key: str, title: str, axis: Axis) -> list[Chart]:
             curves.append(Curve(steps, values, marked=True, colour=colour))
             legend.append((name, colour))
     return [Chart(title, Markup(draw_chart(key, curves, axis)), legend, "")] if curves else []
+
+
+def _draw_plot(record: Record) -> Chart:
+    """Draw a recorded plot, a histogram's ``edges`` and ``counts`` or a calibration's ``bins``."""
+    title, at = record["title"], f"step {record['step']}"
+    if record["kind"] == "histogram":
+        groups = record["counts"]
+        svg = draw_histogram(title, record["edges"], list(groups.values()))
+        return Chart(title, Markup(svg), [(name, i) for i, name in enumerate(groups)], at)
+    bins = record["bins"]
+    svg = draw_calibration(title, *([b[key] for b in bins] for key in ("confidence", "accuracy")))
+    sizes = ", ".join(f"{b['num']:,}" for b in bins)
+    return Chart(title, Markup(svg), [], f"{at} · pairs in the bins: {sizes}")
 
 
 def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float], int]:

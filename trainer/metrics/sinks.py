@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from trainer.metrics.redaction import redact
 
 logger = logging.getLogger(__name__)
 
+PlotKind = Literal["histogram", "calibration"]
 WANDB_INIT_TIMEOUT_S = 30  # how long an unreachable server may hold up a start
 
 
@@ -204,6 +205,16 @@ class Sinks:
             self._write("sample", step, {"prompt": prompt, "text": text})
             self._console.note(f"step {step}  sample  {prompt!r} → {text!r}")
             self._each(lambda sink: sink.text(step, "sample", f"{prompt}{text}"))
+
+    def plot(self, step: int, kind: PlotKind, title: str, **data: Any) -> None:
+        """Record what the report draws, of each title the last one (``draw_plots`` names data)."""
+        if self.is_main:
+            self._write("plot", step, {"kind": kind, "title": title, **data})
+
+    def table(self, step: int, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a table for the report, of each title the last one; rows have equal columns."""
+        if self.is_main:
+            self._write("table", step, {"title": title, "rows": [dict(row) for row in rows]})
 
     def close(self) -> None:
         """Close every sink."""

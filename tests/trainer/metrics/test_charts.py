@@ -4,7 +4,16 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from trainer.metrics.charts import MAX_POINTS, Axis, Curve, draw_chart, smooth, thin
+from trainer.metrics.charts import (
+    MAX_POINTS,
+    Axis,
+    Curve,
+    draw_calibration,
+    draw_chart,
+    draw_histogram,
+    smooth,
+    thin,
+)
 
 
 def test_smoothing_does_not_lag() -> None:
@@ -47,3 +56,14 @@ def test_ids_of_two_charts_do_not_clash() -> None:
     clips = [set(svg.split('clipPath id="')[1].split('"')[:1]) for svg in (first, second)]
     assert clips[0] != clips[1]
     assert first == draw_chart("loss", curve)  # and it is the same page again
+
+
+def test_drawings_of_scores_are_svg_in_the_pages_colours() -> None:
+    counts = [[3, 0, 1], [0, 2, 2]]
+    histogram = draw_histogram("scores", [-1.0, 0.0, 1.0, 2.0], counts)
+    calibration = draw_calibration("sure", [0.55, 0.85], [0.5, 0.9])
+    for svg in (histogram, calibration):
+        assert ElementTree.fromstring(svg).tag.endswith("svg") and "#0102" not in svg
+    assert histogram.count("var(--curve-0)") == histogram.count("var(--curve-1)") == 2
+    assert "60%" in calibration.replace(" ", "") and "stroke-dasharray" in calibration
+    assert histogram != draw_histogram("scores", [-1.0, 0.0, 1.0, 2.0], counts[::-1])
