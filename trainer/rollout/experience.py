@@ -31,6 +31,49 @@ Advantage = Literal["gae", "grpo", "rloo"]
 
 
 @dataclass(frozen=True)
+class KlConfig:
+    """The price of straying from the reference."""
+
+    coef: float = 0.05  # price of a nat at the start
+    target: float | None = None  # nats a response that the price is steered to; null = fixed price
+    horizon: int = 10_000  # responses over which the price moves by a fifth at most
+    estimator: Literal["k1", "k3"] = "k1"  # in the reward; grpo has k3 in the loss
+
+    def problems(self) -> list[str]:
+        """Return values that make no sense."""
+        rules = [
+            (self.coef >= 0, "coef", "0 (off) or more"),
+            (self.target is None or self.target > 0, "target", "null (fixed) or more than 0"),
+            (self.horizon >= 1, "horizon", "1 or more"),
+        ]
+        found = [
+            f"{key}={vars(self)[key]!r}: expected {expected}"
+            for good, key, expected in rules
+            if not good
+        ]
+        if self.target is not None and not self.coef:
+            found.append("coef=0 stays 0, whatever the target; give a price to start with")
+        return found
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What a response is paid, given its rewards."""
+
+    scale: bool = False  # divide rewards by their standard deviation over the run so far
+    clip: float = 0.0  # largest size of a (scaled) reward; 0 = any
+    missing_eos_penalty: float = 0.0  # subtracted where a response was cut off at its limit
+
+    def problems(self) -> list[str]:
+        """Return values that make no sense."""
+        return [
+            f"{key}={vars(self)[key]!r}: expected 0 (off) or more"
+            for key in ("clip", "missing_eos_penalty")
+            if vars(self)[key] < 0
+        ]
+
+
+@dataclass(frozen=True)
 class Shaping:
     """How advantages are made of scores.
 
@@ -159,19 +202,16 @@ class RewardStatistics:
         return math.sqrt(variance) if variance > 0 else 1.0
 
 
-def shape_scores(
-    rewards: Tensor, stopped: Tensor, deviation: float, clip: float, missing_eos_penalty: float
-) -> Tensor:
+def shape_scores(rewards: Tensor, stopped: Tensor, deviation: float, config: ScoreConfig) -> Tensor:
     """Return what responses are paid: rewards scaled, clipped, less for those that did not end.
 
     Args:
         rewards: ``[samples]``.
         stopped: ``[samples]`` bool, whether a response ended by itself.
-        deviation: rewards are divided by it; 1 leaves them.
-        clip: largest size of a scaled reward; 0 = any.
-        missing_eos_penalty: subtracted, after clipping, from responses cut off at their limit.
+        deviation: of the run's rewards so far.
+        config: what of this is done.
     """
-    scores = rewards.double() / deviation
-    if clip:
-        scores = scores.clamp(-clip, clip)
-    return scores - missing_eos_penalty * (~stopped).double()
+    scores = rewards.double() / (deviation if config.scale else 1.0)
+    if config.clip:
+        scores = scores.clamp(-config.clip, config.clip)
+    return scores - config.missing_eos_penalty * (~stopped).double()
