@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import PeftConfig, nearest
 from trainer.errors import ConfigError
 from trainer.models.adapter_files import (
+    ADAPTED,
     NAME,
     AdapterFiles,
     file_name,
@@ -24,20 +24,14 @@ from trainer.models.adapter_files import (
     write_adapter_config,
 )
 from trainer.models.families import ALL_LINEAR, lora_targets
+from trainer.models.filling import Fill, fill_plain
+from trainer.models.scalar_model import HEAD
 
 if TYPE_CHECKING:  # peft costs 0.3 s, which only adapters pay
     from peft import PeftModel
 
 LOG = logging.getLogger(__name__)
 B_MATRICES = ".lora_B."  # in the names of the parameters that LoRA+ trains faster
-# Sets a parameter, split over the ranks or not, from its full value.
-Fill = Callable[[nn.Parameter, Callable[[], Tensor]], None]
-
-
-def fill_plain(param: nn.Parameter, read: Callable[[], Tensor]) -> None:
-    """Set a parameter that every rank holds whole."""
-    with torch.no_grad():
-        param.copy_(read().view(param.shape))
 
 
 def apply_peft(
@@ -58,6 +52,8 @@ def apply_peft(
         return model
     if peft.mode == "freeze":
         _freeze_all_but(model, peft)
+        if (head := score_head(model)) is not None:
+            head.requires_grad_(True)
         return model
     # peft imports bitsandbytes where it is installed, which then warns of optional kernels.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -78,16 +74,29 @@ def apply_peft(
             use_dora=peft.dora,
             task_type="CAUSAL_LM",
         )
+    head = score_head(model)
+    if head is not None:
+        # peft's own way for classifiers trains a copy of the head, which ZeRO-3 cannot split.
+        settings.task_type, settings.modules_to_save = None, None
+        settings.exclude_modules = HEAD if settings.target_modules == ALL_LINEAR else None
     settings.base_model_name_or_path = base
-    embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = [end.weight for end in ends if end is not None]
     # One dtype for all trained parameters; the fp32 masters are DeepSpeed's.
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     for weight in embeddings if peft.train_embeddings else []:
         # peft's modules_to_save would copy each matrix and so untie tied ones.
         weight.requires_grad_(True)
+    if head is not None:
+        head.requires_grad_(True)
     if files:
         _load(adapted, files, fill)
     return adapted
+
+
+def score_head(model: nn.Module) -> nn.Module | None:
+    """Return the head of a sequence classifier, which is always trained; None for other models."""
+    return dict(model.named_children()).get(HEAD)
 
 
 def keep_adapter_config(adapted: PeftModel, folder: Path, base: str) -> None:
@@ -102,6 +111,8 @@ def keep_adapter_config(adapted: PeftModel, folder: Path, base: str) -> None:
         key: sorted(value) if isinstance(value, set) else value
         for key, value in adapted.peft_config[NAME].to_dict().items()
     }
+    if score_head(adapted.get_base_model()) is not None:
+        plain |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD], "exclude_modules": None}
     write_adapter_config(folder, plain)
 
 
@@ -114,6 +125,8 @@ def _load(adapted: PeftModel, files: AdapterFiles, fill: Fill) -> None:
     params = {file_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
     every = {file_name(n) for n, _ in adapted.named_parameters(remove_duplicate=False)}
     second_names = every - {file_name(n) for n, _ in adapted.named_parameters()}
+    if files.config.get("task_type") != "SEQ_CLS":  # of a language model: the head stays new
+        params.pop(f"{ADAPTED}{HEAD}.weight", None)
     missing = sorted(params.keys() - files.shapes.keys())
     extra = sorted(files.shapes.keys() - params.keys() - second_names)
     if missing or extra:

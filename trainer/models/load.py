@@ -6,14 +6,14 @@ a time, so that no rank ever holds the whole model.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +25,11 @@ from transformers.integrations.deepspeed import initialize_weights_zero3
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.models.filling import Fill, Made, Trimming, fill_plain, return_freed_memory
 from trainer.models.quantize import Quantization, quantize_layers
 from trainer.models.remote_code import runs_own_code
 
 LOG = logging.getLogger(__name__)
-TRIM_BYTES = 1 << 26
 
 
 def read_architecture(model: ModelConfig) -> dict[str, Any]:
@@ -89,14 +89,15 @@ def make_config(
     return AutoConfig.for_model(model_type, **{**architecture, "vocab_size": rows, **special_ids})
 
 
-def outline(config: PretrainedConfig) -> PreTrainedModel:
+def outline(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """Return the model without its numbers: modules, names, shapes and ties.
 
     Args:
         config: from ``make_config``, which has checked code of the model's own.
+        auto: transformers' class of the kind of model.
     """
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=_brings_code(config))
+        model = auto.from_config(config, trust_remote_code=_brings_code(config))
     model.tie_weights()
     return model
 
@@ -106,27 +107,29 @@ def _brings_code(config: PretrainedConfig) -> bool:
     return type(config).__module__.startswith("transformers_modules.")
 
 
-def initial_buffers(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+def initial_buffers(
+    config: PretrainedConfig, auto: Any = AutoModelForCausalLM
+) -> dict[str, torch.Tensor]:
     """Return the tensors that a new model keeps beside its parameters, such as a router's bias.
 
     Checkpoints hold parameters only; a model from a folder has these tensors there.
     """
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=_brings_code(config))
+        model = auto.from_config(config, trust_remote_code=_brings_code(config))
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def find_aliases(config: PretrainedConfig) -> set[str]:
+def find_aliases(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> set[str]:
     """Return the second names of parameters that the model ties."""
-    model = outline(config)
+    model = outline(config, auto)
     names = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
 
 
-def measure(config: PretrainedConfig) -> tuple[int, int]:
+def measure(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> tuple[int, int]:
     """Return (all parameters, elements of the largest one), from shapes alone."""
-    sizes = [p.numel() for p in outline(config).parameters()]
+    sizes = [p.numel() for p in outline(config, auto).parameters()]
     return sum(sizes), max(sizes)
 
 
@@ -150,6 +153,8 @@ def load_model(
     seed: int,
     partitioning: Partitioning | None = None,
     quantization: Quantization | None = None,
+    auto: Any = AutoModelForCausalLM,
+    made: Mapping[str, Made] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Load or create the model in ``dtype``; the same weights on every rank and ZeRO stage.
 
@@ -162,37 +167,54 @@ def load_model(
         seed: of the initial weights of a model from scratch.
         partitioning: the engine's, under ZeRO-3.
         quantization: of the linear layers of a model folder.
+        auto: transformers' class of the kind of model.
+        made: parameters that the kind has and the folder lacks, by name.
     """
-    own_code = _brings_code(config)
     if quantization is not None:
         partitioning = None
-    elif model.path is not None and partitioning is None:
-        return _from_folder(model.path, dtype, own_code)
+    fill = partitioning.fill if partitioning else fill_plain
+    if model.path is not None and partitioning is None and quantization is None and not made:
+        return _from_folder(model.path, config, dtype, auto, made, fill)
     # Constructors would draw numbers and fill memory that are thrown away.
     with partitioning.construction() if partitioning else nullcontext(), no_init_weights():
-        created = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own_code)
-    if model.path is not None and quantization is not None:
-        _quantize(created, Path(model.path), dtype, quantization)
-    elif model.path is None:
+        created: PreTrainedModel = auto.from_config(
+            config, dtype=dtype, trust_remote_code=_brings_code(config)
+        )
+    if model.path is None:
         _initialise(created, seed, partitioning is not None)
-    elif partitioning and not _stream(created, Path(model.path), partitioning):
+        for name, value in made.items():
+            fill(created.get_parameter(name), value.make)
+    elif quantization is not None:
+        _quantize(created, Path(model.path), dtype, quantization, made)
+    elif not _stream(created, Path(model.path), fill, made):
         LOG.warning(
             "the parameters of %s are stored under other names or shapes: transformers converts "
             "them and may need memory for a whole copy per rank",
             model.path,
         )
-        with partitioning.transformers_loading():
-            return _from_folder(model.path, dtype, own_code)
+        with partitioning.transformers_loading() if partitioning else nullcontext():
+            return _from_folder(model.path, config, dtype, auto, made, fill)
     return created
 
 
-def _from_folder(path: str, dtype: torch.dtype, own_code: bool) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
+def _from_folder(
+    path: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    auto: Any,
+    made: Mapping[str, Made],
+    fill: Fill,
+) -> PreTrainedModel:
+    loaded: PreTrainedModel = auto.from_pretrained(
         path,
+        config=config,
         dtype=dtype,
         local_files_only=True,
-        trust_remote_code=own_code,
+        trust_remote_code=_brings_code(config),
     )
+    for name, value in made.items():
+        fill(loaded.get_parameter(name), value.make)
+    return loaded
 
 
 def _initialise(model: PreTrainedModel, seed: int, partitioned: bool) -> None:
@@ -203,27 +225,31 @@ def _initialise(model: PreTrainedModel, seed: int, partitioned: bool) -> None:
     model.tie_weights()
 
 
-def _stream(model: PreTrainedModel, folder: Path, partitioning: Partitioning) -> bool:
-    """Fill a split model one parameter at a time; return False if its files name others."""
-    stored = _open_matching(model, folder)
+def _stream(model: PreTrainedModel, folder: Path, fill: Fill, made: Mapping[str, Made]) -> bool:
+    """Fill a model one parameter at a time; return False if its files name others."""
+    stored = _open_matching(model, folder, made)
     if stored is None:
         return False
-    trim = _Trimming()
+    trim = Trimming()
     for name, param in model.named_parameters():
-        partitioning.fill(param, partial(stored[name].get_tensor, name))
+        fill(param, partial(stored[name].get_tensor, name))
         trim(math.prod(_shape(param)) * param.element_size())
     return True
 
 
 def _quantize(
-    model: PreTrainedModel, folder: Path, dtype: torch.dtype, quantization: Quantization
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    made: Mapping[str, Made],
 ) -> None:
     """Fill a model, its linear layers quantised.
 
     Raises:
         ConfigError: its files name other parameters.
     """
-    stored = _open_matching(model, folder)
+    stored = _open_matching(model, folder, made)
     if stored is None:
         raise ConfigError(
             f"model.path={folder}: its files hold parameters under other names or shapes than "
@@ -231,49 +257,30 @@ def _quantize(
             "it once with transformers' save_pretrained renames them, except in mixtures of "
             "experts; or use peft=lora"
         )
-    quantize_layers(model, stored, dtype, quantization, _Trimming())
+    quantize_layers(model, stored, dtype, quantization, Trimming())
     return_freed_memory()
 
 
-def _open_matching(model: PreTrainedModel, folder: Path) -> dict[str, Any] | None:
+def _open_matching(
+    model: PreTrainedModel, folder: Path, made: Mapping[str, Made]
+) -> dict[str, Any] | None:
     """Return the open file of every parameter, or None if the files name others.
 
     What the files hold beside them (old LLaMA files have rotary frequencies) is not read.
     """
     model.tie_weights()
     params = dict(model.named_parameters())
-    stored = {}
+    stored: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, "pt")
         stored.update(dict.fromkeys(file.keys(), file))
     same = all(
-        n in stored and stored[n].get_slice(n).get_shape() == _shape(p) for n, p in params.items()
+        n in made or (n in stored and stored[n].get_slice(n).get_shape() == _shape(p))
+        for n, p in params.items()
     )
-    return stored if same else None
+    return stored | dict(made) if same else None
 
 
 def _shape(param: torch.nn.Parameter) -> list[int]:
     """Return the shape of a parameter, split by ZeRO-3 or not."""
     return list(vars(param).get("ds_shape", param.shape))
-
-
-class _Trimming:
-    """Gives freed memory back from time to time: at first that of the construction."""
-
-    def __init__(self) -> None:
-        self._num_bytes = 0
-        return_freed_memory()
-
-    def __call__(self, num_bytes: int) -> None:
-        """Note that a tensor of ``num_bytes`` was read."""
-        self._num_bytes += num_bytes
-        if self._num_bytes > TRIM_BYTES:
-            return_freed_memory()
-            self._num_bytes = 0
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system; glibc would keep it, up to a whole copy in the end."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
-    if trim is not None:
-        trim(0)

@@ -36,12 +36,28 @@ def router_loss_sum(
     Returns:
         ``[]`` the loss, times its coefficient and the (weighted) number of targets.
     """
-    layers = tuple(logits.flatten(0, -2) for logits in router_logits)
     is_target = labels != IGNORE_INDEX
-    # Tokens that no target follows are padding, or as idle as padding.
+    counted = is_target[:, 1:]
+    num_targets = counted.sum() if weights is None else (weights[:, 1:] * counted).sum()
+    return router_loss_mean(router_logits, config, is_target) * num_targets.to(torch.float32)
+
+
+def router_loss_mean(
+    router_logits: tuple[Tensor, ...], config: PreTrainedConfig, is_target: Tensor
+) -> Tensor:
+    """Return the load-balancing loss times its coefficient, a mean over tokens.
+
+    Args:
+        router_logits: ``[batch * seq, experts]`` of each layer.
+        config: the model's.
+        is_target: ``[batch, seq]`` tokens that the main loss looks at. Those that none follows are
+            padding, or as idle as padding, and do not count.
+
+    Returns:
+        ``[]``.
+    """
+    layers = tuple(logits.flatten(0, -2) for logits in router_logits)
     real = is_target.flip(1).cummax(1).values.flip(1)
     real = real | ~real.any()  # a batch without a target counts 0 times, not 0 times NaN
     share = load_balancing_loss_func(layers, layers[0].shape[-1], config.num_experts_per_tok, real)
-    counted = is_target[:, 1:]
-    num_targets = counted.sum() if weights is None else (weights[:, 1:] * counted).sum()
-    return router_loss_coefficient(config) * share * num_targets.to(torch.float32)
+    return router_loss_coefficient(config) * share
