@@ -40,6 +40,7 @@ Serves /v1/chat/completions and /v1/completions; clients send the token as their
 """,
 }
 _KEY = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value> [^#]*?)? *(#(?P<comment>.*))?$")
+_PACKAGE = re.compile(r"# @package (?P<name>\S+)")
 KEY_WIDTH, VALUE_WIDTH = 42, 14
 
 
@@ -123,8 +124,9 @@ def _key_files(
         for name in dict.fromkeys((option if group == "stage" else defaults[group], option)):
             path = conf / group / f"{name}.yaml"
             if path.is_file():
-                whole = "@package _global_" in path.read_text(encoding="utf-8")
-                files.append(("" if whole else f"{group}.", path))
+                package = _PACKAGE.match(path.read_text(encoding="utf-8"))
+                section = f"{package['name'] if package else group}."
+                files.append((section.removeprefix("_global_."), path))
     return files
 
 

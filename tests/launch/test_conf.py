@@ -16,24 +16,28 @@ from trainer.errors import ConfigError
 from trainer.stages import SINGLE_PROCESS, STAGES, stage_class
 
 OPTIONS = [(group, option) for group, names in group_options().items() for option in names]
+NEEDS = {"loss": ("stage=dpo", "model=folder")}  # of a group: without these it has no place
 FILES = sorted(CONF.rglob("*.yaml"))
 
 
-def compose_option(word: str) -> dict[str, Any]:
-    """Compose with an option, giving whatever it says that the user must give."""
+def compose_option(*words: str) -> dict[str, Any]:
+    """Compose with options, giving whatever they say that the user must give."""
     try:
-        return compose_values([word])
+        return compose_values(words)
     except ConfigError as error:
         keys = [line.partition(" has no value; give ")[0] for line in str(error).splitlines()]
         values = {key: "[given]" if key.endswith("paths") else "given" for key in keys}
-        return compose_values([word, *(f"{key}={value}" for key, value in values.items())])
+        return compose_values([*words, *(f"{key}={value}" for key, value in values.items())])
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
 def test_option_composes_and_builds(group: str, option: str) -> None:
-    config = load_config(compose_option(f"{group}={option}"))
+    words = [f"{group}={option}", *NEEDS.get(group, ())]
+    config = load_config(compose_option(*words))
     if group not in ("data", "experiment", "debug", "cluster"):
-        named = {"stage": config.stage["name"], "model": config.model.name}.get(group, option)
+        names = {"stage": config.stage["name"], "model": config.model.name}
+        names["loss"] = config.stage.get("objective", {}).get("name")
+        named = names.get(group, option)
         assert named == option or group == "model"
 
 

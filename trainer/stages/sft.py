@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from tokenizer.load import load_tokenizer
 from trainer.config import RunConfig
 from trainer.data.batches.collate import Batch
-from trainer.data.chats.chat import prompt_ids, resolve_template, stop_token_ids
-from trainer.data.chats.conversation import Message
+from trainer.data.chats.chat import resolve_template
 from trainer.metrics.sinks import Sinks
 from trainer.models.noise import EmbeddingNoise
 from trainer.next_token import NextTokenStage
+from trainer.sample_answers import choose_questions, write_answers
 from trainer.stage import Context
 
 LOW_ADAPTER_LR = 5e-5  # QLoRA took 2e-4 for models of 7 and 13 billion (arXiv:2305.14314)
-HELD_OUT_SAMPLES = 2  # questions taken from each source when no prompts are given
 
 
 @dataclass
@@ -65,7 +62,6 @@ class Sft(NextTokenStage):
     def setup(self, context: Context, sinks_step: int) -> Sinks:
         """Set up data and model; put the noise on its embeddings."""
         sinks = super().setup(context, sinks_step)
-        self._stop_ids = stop_token_ids(self.tokenizer)
         self._noise = None
         if self.neftune_alpha:
             model: Any = self.policy.module
@@ -81,40 +77,5 @@ class Sft(NextTokenStage):
 
     def write_samples(self, sinks: Sinks, step: int) -> None:
         """Record the model's answers, greedily decoded."""
-        if not self.sample_tokens:
-            return
-        model: Any = self.policy.module
-        for shown, ids in self._questions():
-            prompt = torch.tensor([ids], device=self.policy.device)
-            out = model.continue_text(prompt, self.sample_tokens, self._stop_ids)
-            answer = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-            sinks.sample(step, f"{shown.rstrip()}\n", answer)
-
-    def _questions(self) -> Iterator[tuple[str, list[int]]]:
-        """Yield what is shown and what the model is given, for each sampled question."""
-        system = self.config.data.system
-        head = [] if system is None else [Message("system", system)]
-        for prompt in self.sample_prompts:
-            yield prompt, prompt_ids(self.tokenizer, [*head, Message("user", prompt)])
-        if not self.sample_prompts:
-            for name in self.store.sources:
-                for ids in self._held_out_questions(name):
-                    yield self.tokenizer.decode(ids, skip_special_tokens=True), ids
-
-    def _held_out_questions(self, name: str) -> list[list[int]]:
-        """Return what stands before the first trained token of some held-out conversations."""
-        source = self.store.sources[name]
-        documents = source.document_ids(held_out=True)
-        documents = documents[np.argsort(source.text_hashes[documents], kind="stable")]
-        questions: list[list[int]] = []
-        for document in documents.tolist():
-            weights = source.document_weights(document)
-            assert weights is not None
-            first = int(np.argmax(weights > 0))
-            ids = source.document(document)[:first].tolist()
-            # With train_on=everything no question stands apart.
-            if first > 1 and ids not in questions:
-                questions.append(ids)
-            if len(questions) == HELD_OUT_SAMPLES:
-                break
-        return questions
+        questions = choose_questions(self.config, self.tokenizer, self.store, self.sample_prompts)
+        write_answers(sinks, step, self.policy, self.tokenizer, questions, self.sample_tokens)

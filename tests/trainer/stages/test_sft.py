@@ -28,6 +28,7 @@ from trainer.errors import ConfigError
 from trainer.models.head import install_fused_head
 from trainer.models.language_model import LanguageModel
 from trainer.models.load import load_model, make_config
+from trainer.sample_answers import choose_questions
 from trainer.stages.pretrain import Pretrain
 from trainer.stages.sft import Sft
 
@@ -198,14 +199,15 @@ def test_run_as_a_user_starts_it(
 
 
 def test_prompts_are_asked_through_the_template(vary_chat: Vary, tmp_path: Path) -> None:
-    values = vary_chat(tmp_path, data__system="Be short.", stage__sample_prompts=["Is it cold?"])
+    values = vary_chat(tmp_path, data__system="Be short.")
     config = load_config(values)
-    stage = Sft(sample_prompts=["Is it cold?"])
+    stage = Sft()
     stage.config = config
-    stage.tokenizer = stage.load_tokenizer(str(config.tokenizer.path))
-    [(shown, ids)] = stage._questions()
+    tokenizer = stage.load_tokenizer(str(config.tokenizer.path))
+    store = open_store(config.data, str(config.tokenizer.path))
+    [(shown, ids)] = choose_questions(config, tokenizer, store, ["Is it cold?"])
     assert shown == "Is it cold?"
-    assert stage.tokenizer.decode(ids[1:]).strip() == "Be short.\n\nIs it cold?"
+    assert tokenizer.decode(ids[1:]).strip() == "Be short.\n\nIs it cold?"
 
 
 def test_settling_epochs(vary_chat: Vary, tmp_path: Path) -> None:
