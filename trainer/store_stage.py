@@ -148,26 +148,30 @@ class StoreStage(TrainStage):
 
     def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
         """Yield this rank's micro-batches from where ``state`` left off."""
-        loop, data = self.config.loop, self.config.data
         self._tokens = state["tokens"] if state else 0
         self._inputs = self.describe_inputs()
         if state:
             refuse_changes(state["inputs"], self._inputs)
-        self.loader = TrainLoader(
-            self.store,
-            data,
-            seed=loop.seed,
-            rows_per_step=self.rows_per_step(self.config),
-            micro_batch_size=self.rows_per_batch(self.config),
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-            start_row=state["loader"]["next_row"] if state else 0,
-        )
+        self.loader = self.make_loader(state["loader"]["next_row"] if state else 0)
         num_rows = self.rows_per_step(self.config)
         for warning in warn_of_repetition(self.config, self.loader.mixture, num_rows):
             if self.context.rank == 0:
                 LOG.warning(warning)
         return self._measured(self.loader)
+
+    def make_loader(self, start_row: int) -> TrainLoader:
+        """Return what deals the store's rows to steps and ranks, from ``start_row`` on."""
+        loop = self.config.loop
+        return TrainLoader(
+            self.store,
+            self.config.data,
+            seed=loop.seed,
+            rows_per_step=self.rows_per_step(self.config),
+            micro_batch_size=self.rows_per_batch(self.config),
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            start_row=start_row,
+        )
 
     def _measured(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Record what of each micro-batch is learnt and what is padding."""
