@@ -95,18 +95,22 @@ def _batch(config: RunConfig) -> list[Row]:
     loop, cluster, max_length = config.loop, config.cluster, config.data.max_length
     world_size = cluster.nodes * cluster.gpus_per_node
     num_micro = grad_accum_steps(config, world_size)
-    length = f"{loop.max_steps:,} steps = {loop.max_steps * loop.global_batch_tokens:,} tokens"
+    length = f"{loop.max_steps:,} steps"
+    if config.data.content == "prompts":
+        step = f"prompts of at most {max_length} tokens, answered and scored by {world_size} ranks"
+    else:
+        length += f" = {loop.max_steps * loop.global_batch_tokens:,} tokens"
+        step = (
+            f"{loop.global_batch_tokens:,} tokens = {loop.global_batch_tokens // max_length} rows "
+            f"of {max_length} = {world_size} ranks x {num_micro} micro-batches "
+            f"x {loop.micro_batch_size} rows"
+        )
     if loop.epochs is not None:
         steps = length if loop.max_steps else "as many steps as the prepared data takes"
         length = f"{loop.epochs:g} epochs: {steps}"
     return [
         ("world size", f"{world_size} = {cluster.nodes} nodes x {cluster.gpus_per_node} ranks"),
-        (
-            "step",
-            f"{loop.global_batch_tokens:,} tokens = {loop.global_batch_tokens // max_length} rows "
-            f"of {max_length} = {world_size} ranks x {num_micro} micro-batches "
-            f"x {loop.micro_batch_size} rows",
-        ),
+        ("step", step),
         ("length", length),
     ]
 

@@ -72,7 +72,8 @@ def validate(config: RunConfig) -> list[str]:
         problems.append("engine.offload_optimizer=nvme needs ZeRO-3; use engine=zero3_nvme")
     if "nvme" in (engine.offload_optimizer, engine.offload_params) and not engine.nvme_path:
         problems.append("engine.nvme_path is null; nvme offload needs a node-local folder there")
-    if data.max_length > 1 and loop.global_batch_tokens % data.max_length:
+    counts_rows = data.content != "prompts"
+    if counts_rows and data.max_length > 1 and loop.global_batch_tokens % data.max_length:
         low = max(1, loop.global_batch_tokens // data.max_length) * data.max_length
         problems.append(
             f"loop.global_batch_tokens={loop.global_batch_tokens} is not a multiple of "
@@ -157,9 +158,13 @@ def _check_shares(config: RunConfig) -> list[str]:
 def grad_accum_steps(config: RunConfig, world_size: int) -> int:
     """Return micro-batches per rank and optimizer step for ``world_size`` ranks.
 
+    With prompts their number varies from step to step, and the engine is told of each: 1 here.
+
     Raises:
         ConfigError: when the global batch does not divide over the ranks.
     """
+    if config.data.content == "prompts":
+        return 1
     unit = config.loop.micro_batch_size * config.data.max_length * world_size
     steps, rest = divmod(config.loop.global_batch_tokens, unit)
     if rest or not steps:
