@@ -41,6 +41,7 @@ class SourceConfig:
     columns: dict[str, str] | None = None  # our column name -> the file's, over the guess
     datasets: list[str] = field(default_factory=list)  # names in a LLaMA-Factory dataset_info.json
     dataset_info: str | None = None  # that file; null = the one in the folder of paths
+    ranked_pairs: Literal["all", "best"] = "all"  # of a ranked list: all pairs, or best with rest
 
 
 @dataclass(frozen=True)

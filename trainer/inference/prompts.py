@@ -94,7 +94,7 @@ def _walk(path: Path, source: SourceConfig) -> Iterator[tuple[Row, Layout | None
         for row in walk_file(path, dataclasses.replace(source, format="lines")):
             yield row, None
         return
-    layout = find_layout(path, source, prompts=True)
+    layout = find_layout(path, source, "prompts")
     for row in walk_conversations(path, source, layout):
         yield row, layout
 

@@ -29,28 +29,54 @@ def read_conversation(
     Raises:
         RowError: with the reason the record is none.
     """
+    noticed = Remarks()
+    messages = spoken_messages(record, layout, noticed)
+    conversation = checked_conversation(messages, record, layout, noticed)
+    if remarks is not None:
+        remarks.merge(noticed.counts)
+    return conversation
+
+
+def spoken_messages(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Message]:
+    """Return the messages of one record as they stand there, in any order.
+
+    Raises:
+        RowError: with the reason there are none.
+    """
     for column in MEDIA_COLUMNS:
         if isinstance(record.get(column), list) and record[column]:
             raise RowError(f"column {column!r} is filled: only text can be trained")
-    noticed = Remarks()
     if layout.keeps_messages:
-        messages = _listed(record, layout, noticed)
-    elif isinstance(_value(record, layout, "prompt"), list):
-        messages = _listed_in_two(record, layout, noticed)
-    else:
-        messages = _asked(record, layout, noticed)
-    tools = read_tools(_value(record, layout, "tools"), layout.drop_nulls)
-    messages = arrange(messages, noticed, layout.prompts)
+        return _listed(record, layout, remarks)
+    if isinstance(value_of(record, layout, "prompt"), list):
+        return _listed_in_two(record, layout, remarks)
+    return _asked(record, layout, remarks)
+
+
+def checked_conversation(
+    messages: list[Message], record: dict[str, Any], layout: Layout, remarks: Remarks
+) -> Conversation:
+    """Return the conversation of ``messages``, in order and with the record's tools.
+
+    Args:
+        messages: as they were read.
+        record: what they were read from.
+        layout: where things are.
+        remarks: counts what was noticed.
+
+    Raises:
+        RowError: with the reason they are none.
+    """
+    tools = read_tools(value_of(record, layout, "tools"), layout.drop_nulls)
+    messages = arrange(messages, remarks, layout.prompts)
     for calls in (tools, *(message.tool_calls for message in messages if message.tool_calls)):
         as_text(json.dumps(calls, ensure_ascii=False), "tools")
     read = dict(layout.columns).values()
     if any(record.get(name) and name not in read for name in _usual(layout)):
-        noticed.note("unread_columns")
+        remarks.note("unread_columns")
     declared = {tool["name"] for tool in tools}
     if any(call["name"] not in declared for m in messages for call in m.tool_calls):
-        noticed.note("undeclared_tools")
-    if remarks is not None:
-        remarks.merge(noticed.counts)
+        remarks.note("undeclared_tools")
     return Conversation(tuple(messages), tools)
 
 
@@ -59,7 +85,8 @@ def _usual(layout: Layout) -> tuple[str, ...]:
     return ("system", "tools") if layout.keeps_messages else ("input", "system", "history")
 
 
-def _value(record: dict[str, Any], layout: Layout, name: str) -> Any:
+def value_of(record: dict[str, Any], layout: Layout, name: str) -> Any:
+    """Return what the record has in our column ``name``, None without such a column."""
     column = layout.column(name)
     return None if column is None else record.get(column)
 
@@ -73,10 +100,10 @@ def _asked(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Mes
     """Read a question, what belongs to it, and its answer."""
 
     def text(name: str) -> str:
-        return as_text(_value(record, layout, name), f"column {layout.column(name)!r}")
+        return as_text(value_of(record, layout, name), f"column {layout.column(name)!r}")
 
     messages = [Message("system", text("system"))] if text("system").strip() else []
-    messages += _history(_value(record, layout, "history"))
+    messages += _history(value_of(record, layout, "history"))
     before, after = text("context"), [part for part in (text("prompt"), text("query")) if part]
     prompt = "\n\n".join(part for part in (before, "\n".join(after)) if part)
     messages.append(Message("user", prompt))
@@ -122,28 +149,28 @@ def _history(value: Any) -> list[Message]:
 def _listed(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Message]:
     """Read a list of messages, and a system message in a column of its own."""
     column = layout.column("messages")
-    value = parse_json(_value(record, layout, "messages"), f"column {column!r}")
+    value = parse_json(value_of(record, layout, "messages"), f"column {column!r}")
     if value is None and column is not None:
         _refuse_missing(column, record)
     if not isinstance(value, list):
         raise RowError(f"column {column!r} holds {type(value).__name__}, not a list of messages")
-    return _with_system(read_messages(value, layout, remarks), record, layout)
+    return with_system(read_messages(value, layout, remarks), record, layout)
 
 
 def _listed_in_two(record: dict[str, Any], layout: Layout, remarks: Remarks) -> list[Message]:
     """Read a list of messages that ask, and one of those that answer (TRL's prompt, completion)."""
-    asked, answered = (_value(record, layout, name) for name in ("prompt", "response"))
+    asked, answered = (value_of(record, layout, name) for name in ("prompt", "response"))
     if not isinstance(answered, list) and not (layout.prompts and answered is None):
         raise RowError(
             f"column {layout.column('prompt')!r} is a list of messages, column "
             f"{layout.column('response')!r} is none"
         )
-    return _with_system(read_messages([*asked, *(answered or [])], layout, remarks), record, layout)
+    return with_system(read_messages([*asked, *(answered or [])], layout, remarks), record, layout)
 
 
-def _with_system(messages: list[Message], record: dict[str, Any], layout: Layout) -> list[Message]:
+def with_system(messages: list[Message], record: dict[str, Any], layout: Layout) -> list[Message]:
     """Put the system message of a column of its own first; leave out an empty one."""
-    system = as_text(_value(record, layout, "system"), "the system column")
+    system = as_text(value_of(record, layout, "system"), "the system column")
     if system.strip() and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", system))
     if messages and messages[0].role == "system" and not messages[0].content.strip():

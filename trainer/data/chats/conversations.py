@@ -18,6 +18,7 @@ from trainer.data.chats.layouts import Layout
 from trainer.data.reading.files import list_files, naming_the_file, open_seekable
 from trainer.data.reading.nesting import unnest
 from trainer.data.reading.raw import Row, RowError
+from trainer.data.reading.readers import row_text
 from trainer.data.reading.records import JsonLine, RejectLog, parse_record
 from trainer.data.reading.remarks import Remarks
 from trainer.data.reading.rows import iterate_rows
@@ -66,7 +67,7 @@ def read_conversations(
     """
     seen: set[bytes] = set()
     for path in list_files(source):
-        layout = find_layout(path, source, prompts)
+        layout = find_layout(path, source, "prompts" if prompts else "conversations")
         for row in walk_conversations(path, source, layout):
             conversation = decode_conversation(row, path, source, layout, rejects, remarks)
             if conversation is None:
@@ -101,6 +102,8 @@ def walk_conversations(path: Path, source: SourceConfig, layout: Layout) -> Iter
             row._replace(value=JsonLine(row.value)) if isinstance(row.value, bytes) else row
             for row in rows
         )
+    elif layout.format == "lines":
+        rows = map(_question, rows)
     if layout.nested:
         rows = _unnest(rows, layout.nested)
     is_empty = True
@@ -110,6 +113,15 @@ def walk_conversations(path: Path, source: SourceConfig, layout: Layout) -> Iter
             yield row
     if is_empty:
         raise DataError(f"{path} holds no row; remove it from the source or restore it")
+
+
+def _question(row: Row) -> Row:
+    """Return a line of text as a row with that text."""
+    try:
+        value: dict[str, Any] | RowError = {"text": row_text(row.value, [])}
+    except RowError as error:
+        value = error
+    return row._replace(value=value)
 
 
 def _unnest(rows: Iterator[Row], nested: str) -> Iterator[Row]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from trainer.config import SourceConfig, nearest
-from trainer.data.chats.layouts import Layout, Schema
+from trainer.data.chats.layouts import Content, Layout, Schema
 from trainer.data.chats.messages import ROLE_KEYS
+from trainer.data.chats.preference_search import choose_answers, find_answer_form, find_preference
 from trainer.data.chats.tool_calls import parse_json
+from trainer.data.reading.answer_columns import ANSWER_NAMES
 from trainer.data.reading.columns import NAMES, guess_columns
 from trainer.data.reading.files import (
     BINARY_FORMATS,
@@ -46,25 +48,25 @@ class _Options:
     schema: str
     columns: Mapping[str, str]
     entry: Entry | None
-    prompts: bool
+    content: Content
     is_table: bool  # under a header line
 
 
-def find_layout(path: Path, source: SourceConfig, prompts: bool = False) -> Layout:
+def find_layout(path: Path, source: SourceConfig, content: Content = "conversations") -> Layout:
     """Return how the conversations of ``path`` are read.
 
     Args:
         path: one of ``list_files(source)``.
         source: its options.
-        prompts: for generation: an answer is not asked for.
+        content: conversations to learn, preferences, or prompts: an answer is not asked for.
 
     Raises:
-        DataError: the file is unreadable, or has no conversations that could be recognised; the
+        DataError: the file is unreadable, or has no such content that could be recognised; the
             message names the columns it has.
     """
     with naming_the_file(path):
         stat = path.stat()
-    asked = _Asked(path, prompts, stat.st_size, stat.st_mtime_ns, repr(source), source)
+    asked = _Asked(path, content, stat.st_size, stat.st_mtime_ns, repr(source), source)
     return _find_layout(asked)
 
 
@@ -73,7 +75,7 @@ class _Asked:
     """A file as it was when its layout was asked for."""
 
     path: Path
-    prompts: bool
+    content: Content
     num_bytes: int
     mtime_ns: int
     options: str
@@ -82,15 +84,17 @@ class _Asked:
 
 @lru_cache(maxsize=4096)  # preparation asks several times, and logs once
 def _find_layout(asked: _Asked) -> Layout:
-    path, source, prompts = asked.path, asked.source, asked.prompts
+    path, source, content = asked.path, asked.source, asked.content
     encoding = detect_encoding(path, source.encoding)
     format_name = detect_format(path, source.format, source.encoding)
     if format_name in ("txt", "lines"):
+        if content == "prompts":  # a question a line
+            return Layout("prompt_response", (("prompt", "text"),), "lines", encoding, prompts=True)
         raise DataError(
             f"{path} is plain text, which holds no conversations; remove it from the source, or "
             "set the source's format if its name is wrong"
         )
-    options = _options(path, source, prompts, format_name in TABLES)
+    options = _options(path, source, content, format_name in TABLES)
     wanted = [name for name in options.columns.values() if name]
     with naming_the_file(path):
         rows = iterate_rows(path, format_name, None, encoding, source.sheet, wanted)
@@ -112,29 +116,49 @@ def _find_layout(asked: _Asked) -> Layout:
         roles=tuple(sorted(entry.roles.items())) if entry else (),
         nested=nested,
         max_rows=entry.num_samples if entry else None,
-        prompts=prompts,
+        prompts=content == "prompts",
+        **_describe_answers(records, columns, source, content),
     )
     unread = [name for name in _headers(records) if name not in dict(layout.columns).values()]
     logger.info("%s: %s; columns not read: %s", path, layout.describe(), _shorten(unread) or "-")
     return layout
 
 
-def _options(path: Path, source: SourceConfig, prompts: bool, is_table: bool) -> _Options:
+def _describe_answers(
+    records: list[dict[str, Any]],
+    columns: Mapping[str, str],
+    source: SourceConfig,
+    content: Content,
+) -> dict[str, Any]:
+    """Return the fields of a layout that say which answer is better."""
+    preference = find_preference(records, columns) if content != "conversations" else ""
+    form = find_answer_form(records, columns["chosen"]) if preference == "pairs" else "text"
+    ranked = source.ranked_pairs if preference == "ranked" else ""
+    return {"preference": preference, "answer_form": form, "ranked_pairs": ranked}
+
+
+def _options(path: Path, source: SourceConfig, content: Content, is_table: bool) -> _Options:
     if source.schema not in ("auto", *SCHEMAS):
         raise DataError(
             f"schema={source.schema!r} is not one of auto, {', '.join(SCHEMAS)}"
             f"{nearest(source.schema, SCHEMAS)}"
         )
     explicit = source.columns or {}
+    names = NAMES if content == "conversations" else (*NAMES, *ANSWER_NAMES)
     for name in explicit:
-        if name not in NAMES:
+        if name not in names:
             raise DataError(
                 f"columns={{{name}: ...}} is written OURS: COLUMN OF THE FILE, and ours are "
-                f"{', '.join(NAMES)}{nearest(name, NAMES)}"
+                f"{', '.join(names)}{nearest(name, names)}"
             )
     entry = find_entry(path, read_entries(source)) if source.datasets else None
+    if entry is not None and entry.holds_preferences and content == "conversations":
+        raise DataError(
+            f"dataset {entry.name!r} holds preferences, which are no answers to learn as they "
+            "stand (LLaMA-Factory refuses or drops them in supervised fine-tuning too)"
+        )
     columns = {**(entry.columns if entry else {}), **explicit}
-    return _Options(path, source.schema, columns, entry, prompts, is_table)
+    return _Options(path, source.schema, columns, entry, content, is_table)
 
 
 def _records(rows: Sequence[Row], path: Path) -> list[dict[str, Any]]:
@@ -169,20 +193,26 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
     """Return schema and columns."""
     headers = _headers(records)
     _check_named(headers, options)
-    if not options.columns:
-        _refuse_preferences(records, headers, options.path)
-    columns = _choose_columns(records, headers, options)
+    if options.content == "conversations":
+        answers: dict[str, str] = {}
+        if not options.columns:
+            _refuse_preferences(records, headers, options.path)
+    else:
+        answers = _choose_answers(records, headers, options)
+    free = [header for header in headers if header not in answers.values()]
+    columns = _choose_columns(records, free, options)
+    columns = {k: v for k, v in columns.items() if k not in ANSWER_NAMES} | answers
+    preference = find_preference(records, columns)
+    if options.content == "preferences" and not preference:
+        _refuse_others(headers, options)
     if "messages" in columns:
         first = _first_message(records, columns["messages"])
         schema: Schema = "sharegpt" if "from" in first else "messages"
         if options.schema in LISTS:
             schema = "sharegpt" if options.schema == "sharegpt" else "messages"
-        return schema, {k: columns[k] for k in ("messages", "system", "tools") if k in columns}
-    missing = [
-        name
-        for name in ("prompt", "response")
-        if name not in columns and not (options.prompts and name == "response")
-    ]
+        kept = ("messages", "system", "tools", *ANSWER_NAMES)
+        return schema, {name: columns[name] for name in kept if name in columns}
+    missing = _missing(records, columns, options)
     if options.schema in LISTS or missing:
         missing = ["messages"] if options.schema in LISTS else missing
         wanted = " and the ".join(missing)
@@ -192,7 +222,30 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
             f"{options.path}: no column is known to hold the {wanted}; its columns are "
             f"{_shorten(headers)}. Name them in the source's columns: {{{example}}}{hint}"
         )
+    if "prompt" not in columns:
+        return "messages", columns
     return _schema_of(columns, options), columns
+
+
+def _missing(
+    records: list[dict[str, Any]], columns: Mapping[str, str], options: _Options
+) -> list[str]:
+    """Return what no column is known to hold."""
+    needed = ["prompt", "response"]
+    if options.content == "prompts" or "chosen" in columns:
+        needed.remove("response")
+    if "chosen" in columns and find_answer_form(records, columns["chosen"]) != "text":
+        needed.remove("prompt")  # the answers' columns may hold whole conversations
+    return [name for name in needed if name not in columns]
+
+
+def _choose_answers(
+    records: list[dict[str, Any]], headers: list[str], options: _Options
+) -> dict[str, str]:
+    """Return the columns of answers, labels and margins; what is set goes over the guess."""
+    if options.entry is not None and options.entry.columns:
+        return {k: v for k, v in options.columns.items() if k in ANSWER_NAMES and v in headers}
+    return choose_answers(records, headers, options.columns)
 
 
 def _shorten(headers: list[str]) -> str:
@@ -254,6 +307,15 @@ def _check_named(headers: list[str], options: _Options) -> None:
                 f"{options.path} has no column {name!r}, which columns.{ours} names; its columns "
                 f"are {_shorten(headers)}{nearest(name, headers)}"
             )
+
+
+def _refuse_others(headers: list[str], options: _Options) -> None:
+    raise DataError(
+        f"{options.path} holds no preferences: no column is known to hold a chosen and a rejected "
+        "answer, a list of answers from the best to the worst, or a label (true, false) of an "
+        f"answer; its columns are {_shorten(headers)}. Name them in the source's columns: "
+        '{chosen: "COLUMN", rejected: "COLUMN"}'
+    )
 
 
 def _refuse_preferences(records: list[dict[str, Any]], headers: list[str], path: Path) -> None:

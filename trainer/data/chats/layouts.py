@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from trainer.data.reading.answer_columns import ANSWER_NAMES
 from trainer.data.reading.raw import printable
 
 Schema = Literal["alpaca", "sharegpt", "messages", "prompt_response", "squad"]
+Content = Literal["conversations", "preferences", "prompts"]  # what is wanted of a file
+Preference = Literal["", "pairs", "ranked", "labels"]
+AnswerForm = Literal["text", "messages", "transcripts"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Layout:
         nested: where a record keeps several: data, paragraphs, qas (SQuAD) or instances (seeds).
         max_rows: rows to read at most.
         prompts: conversations end before the answer, which need not be there.
+        preference: how a record says which answer is better: two answers, a list from best to
+            worst, or a label on one answer; empty = it does not.
+        answer_form: what the columns of two answers hold; transcripts are HH-RLHF's.
+        ranked_pairs: pairs made of a ranked list: all, or best (the first with each other one).
     """
 
     schema: Schema
@@ -42,6 +50,9 @@ class Layout:
     nested: str = ""
     max_rows: int | None = None
     prompts: bool = False
+    preference: Preference = ""
+    answer_form: AnswerForm = "text"
+    ranked_pairs: str = ""
 
     def column(self, name: str) -> str | None:
         """Return the file's name of our column ``name``, None when it has none."""
@@ -50,6 +61,13 @@ class Layout:
     @cached_property
     def _by_name(self) -> dict[str, str]:
         return dict(self.columns)
+
+    @cached_property
+    def asking(self) -> Layout:
+        """This layout without its answers: what reads the prompt of a preference."""
+        hidden = {*ANSWER_NAMES, "response"}
+        columns = tuple(pair for pair in self.columns if pair[0] not in hidden)
+        return replace(self, columns=columns, prompts=True, preference="")
 
     @property
     def keeps_messages(self) -> bool:
@@ -67,6 +85,11 @@ class Layout:
             name if name == ours else f"{ours}={name}" for ours, name in self.columns
         )
         parts = [self.schema, columns, self.format, self.encoding]
+        if self.preference:
+            parts.insert(
+                0,
+                self.preference + (f" ({self.answer_form})" if self.preference == "pairs" else ""),
+            )
         if self.sheet is not None:
             parts.append(f"sheet {self.sheet}")
         if self.max_rows is not None:

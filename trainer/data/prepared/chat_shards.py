@@ -1,11 +1,10 @@
-"""Conversations of a chunk, encoded into its draft."""
+"""Conversations, preferences or prompts of a chunk, encoded into its draft."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +12,23 @@ from trainer.data.chats.chat_encoder import ChatEncoder, EncodedRow, TooLongErro
 from trainer.data.chats.chat_rows import read_conversation
 from trainer.data.chats.conversation import Conversation
 from trainer.data.chats.layouts import Layout
+from trainer.data.chats.pair_encoder import PairEncoder
+from trainer.data.chats.prompt_encoder import PromptEncoder
 from trainer.data.prepared.drafts import WEIGHTS, Draft
-from trainer.data.prepared.store import hash_text
-from trainer.data.reading.raw import Row, RowError
+from trainer.data.prepared.preference_shards import (
+    add_preferences,
+    add_prompt,
+    hash_chat,
+    hash_question,
+)
+from trainer.data.reading.raw import Row, RowError, printable
 from trainer.data.reading.records import Reject, RejectLog, excerpt, parse_record
 from trainer.data.reading.remarks import Remarks
 
 REPORT_EVERY_ROWS = 256
 
 
-def add_conversations(
+def add_chats(
     draft: Draft,
     rows: Iterator[Row],
     path: Path,
@@ -31,7 +37,7 @@ def add_conversations(
     rejects: RejectLog,
     report: Callable[[int, int], None],
 ) -> None:
-    """Encode the conversations of ``rows``.
+    """Encode the conversations, preferences or prompts of ``rows``.
 
     Args:
         draft: takes them.
@@ -40,7 +46,7 @@ def add_conversations(
         layout: how it is read.
         encoder: for these sources.
         rejects: counts every row.
-        report: hears of bytes read and conversations made since its last call.
+        report: hears of bytes read and documents made since its last call.
 
     Raises:
         DataError: too many rejected rows.
@@ -57,36 +63,57 @@ def add_conversations(
 
 def _add_row(
     draft: Draft, row: Row, path: Path, layout: Layout, encoder: ChatEncoder, rejects: RejectLog
-) -> bool:
-    """Add one conversation, or say why not; tell whether it was added."""
+) -> int:
+    """Add what one row holds, or say why not; return how many documents were added."""
+
+    def leave_out(reason: str) -> None:
+        # Of a good row all the same: it is named, but does not count as a bad one.
+        sample = excerpt(row.value if isinstance(row.value, bytes) else repr(row.value))
+        draft.left_out.append(Reject(str(path), row.number, printable(reason), sample))
+
     noticed = Remarks()
     try:
-        conversation = read_conversation(parse_record(row.value), layout, noticed)
-        encoded = encoder.encode(conversation)
-    except TooLongError as error:
-        # A good row all the same: it is named, but does not count as a bad one.
-        sample = excerpt(row.value if isinstance(row.value, bytes) else repr(row.value))
-        draft.left_out.append(Reject(str(path), row.number, str(error), sample))
-        draft.add(row_lengths=error.num_tokens, row_hashes=_hash_all(conversation))
-        draft.chats["long"] += 1
-        rejects.accept()
-        return False
+        record = parse_record(row.value)
+        if isinstance(encoder, PairEncoder):
+            num_added = add_preferences(draft, record, layout, encoder, noticed, leave_out)
+        elif isinstance(encoder, PromptEncoder):
+            num_added = add_prompt(draft, record, layout, encoder, noticed, leave_out)
+        else:
+            num_added = _add_conversation(draft, record, layout, encoder, noticed, leave_out)
     except RecursionError:
         rejects.reject_row(row, path, "nested too deeply")
-        return False
+        return 0
     except RowError as error:
         rejects.reject_row(row, path, str(error))
-        return False
+        return 0
     rejects.accept()
-    draft.remarks.merge(noticed.counts)
+    if num_added:
+        draft.remarks.merge(noticed.counts)
+    return num_added
+
+
+def _add_conversation(
+    draft: Draft,
+    record: dict[str, Any],
+    layout: Layout,
+    encoder: ChatEncoder,
+    remarks: Remarks,
+    leave_out: Callable[[str], None],
+) -> int:
+    conversation = read_conversation(record, layout, remarks)
+    try:
+        encoded = encoder.encode(conversation)
+    except TooLongError as error:
+        leave_out(str(error))
+        draft.add(row_lengths=error.num_tokens, row_hashes=hash_chat(conversation))
+        draft.chats["long"] += 1
+        return 0
     _add_encoded(draft, conversation, encoded)
-    return True
+    return 1
 
 
 def _add_encoded(draft: Draft, conversation: Conversation, encoded: EncodedRow) -> None:
-    asked = next((m.content for m in conversation.messages if m.role == "user"), "")
-    # By the first question: the same one is never trained on and held out.
-    side = hash_text(asked.encode())
+    side = hash_question(conversation)
     for chat in encoded.chats:
         draft.tokens.append(chat.input_ids.tobytes())
         draft.weights.append(chat.weights.astype(WEIGHTS).tobytes())
@@ -97,15 +124,10 @@ def _add_encoded(draft: Draft, conversation: Conversation, encoded: EncodedRow) 
             text_hashes=side,
         )
         draft.chats["trained_tokens"] += int(np.count_nonzero(chat.weights))
-    draft.add(row_lengths=encoded.num_tokens, row_hashes=_hash_all(conversation))
+    draft.add(row_lengths=encoded.num_tokens, row_hashes=hash_chat(conversation))
     draft.chats["kept"] += 1
     draft.chats["turns"] += encoded.num_turns
     draft.chats["turns_cut"] += encoded.num_turns_cut
     draft.chats["cut"] += encoded.num_turns_cut > 0
     draft.chats["spells_control"] += encoded.spells_control
     draft.chats["hides_thoughts"] += encoded.hides_thoughts
-
-
-def _hash_all(conversation: Conversation) -> int:
-    content = json.dumps([conversation.as_chat(), conversation.tools], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")

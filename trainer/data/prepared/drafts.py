@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.prepared.store import DOCUMENT_ARRAYS
+from trainer.data.prepared.store import CONTENT_ARRAYS, DOCUMENT_ARRAYS
 from trainer.data.reading.records import Reject, RejectLog
 from trainer.data.reading.remarks import Remarks
 from trainer.data.storage import atomic_file, unique_suffix
@@ -22,6 +22,14 @@ ROW_ARRAYS: dict[str, np.dtype[Any]] = {
     "row_hashes": np.dtype("<u8"),
 }
 COUNTS = "counts"  # JSON: rows by fate, chats, remarks
+PAIRS, PROMPTS = CONTENT_ARRAYS["preferences"], CONTENT_ARRAYS["prompts"]
+# Arrays of values, one a document or a row.
+COLUMNS = {
+    **DOCUMENT_ARRAYS,
+    **{name: PAIRS[name] for name in ("first_lengths", "margins")},
+    "answer_lengths": PROMPTS["answer_lengths"],
+    **ROW_ARRAYS,
+}
 
 
 @dataclass
@@ -30,8 +38,9 @@ class Draft:
 
     Attributes:
         tokens: ids of each document, as bytes.
-        weights: loss weights of each document's tokens, as bytes; empty for texts.
-        columns: values by name, of ``DOCUMENT_ARRAYS`` and ``ROW_ARRAYS``.
+        weights: loss weights of each document's tokens, as bytes; empty for texts and prompts.
+        answers: of each prompt, as UTF-8 bytes.
+        columns: values by name, of ``COLUMNS``.
         short: texts below ``data.min_chars``.
         left_out: good rows that do not fit into ``data.max_length``.
         chats: counts of conversations and their turns; empty for texts.
@@ -40,15 +49,14 @@ class Draft:
 
     tokens: list[bytes] = field(default_factory=list)
     weights: list[bytes] = field(default_factory=list)
-    columns: dict[str, list[int]] = field(
-        default_factory=lambda: {name: [] for name in (*DOCUMENT_ARRAYS, *ROW_ARRAYS)}
-    )
+    answers: list[bytes] = field(default_factory=list)
+    columns: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     short: int = 0
     left_out: list[Reject] = field(default_factory=list)
     chats: Counter[str] = field(default_factory=Counter)
     remarks: Remarks = field(default_factory=Remarks)
 
-    def add(self, **values: int) -> None:
+    def add(self, **values: float) -> None:
         """Append a value to each named column."""
         for name, value in values.items():
             self.columns[name].append(value)
@@ -61,15 +69,13 @@ class Draft:
         rows = {"read": rejects.num_read, "rejected": rejects.num_rejected, "short": self.short}
         counts = {"rows": rows, "chats": dict(self.chats), "remarks": self.remarks.counts}
         left_out = "".join(json.dumps(vars(reject)) + "\n" for reject in self.left_out)
-        arrays = {
-            name: np.array(self.columns[name], dtype)
-            for name, dtype in (DOCUMENT_ARRAYS | ROW_ARRAYS).items()
-        }
+        arrays = {name: np.array(self.columns[name], dtype) for name, dtype in COLUMNS.items()}
         with atomic_file(path) as file:
             np.savez(
                 file,
                 tokens=np.frombuffer(b"".join(self.tokens), token_type),
                 weights=np.frombuffer(b"".join(self.weights), WEIGHTS),
+                answers=np.frombuffer(b"".join(self.answers), np.uint8),
                 rejected_rows=np.frombuffer(rejected_rows, np.uint8),
                 left_out_rows=np.frombuffer(left_out.encode(), np.uint8),
                 counts=np.frombuffer(json.dumps(counts).encode(), np.uint8),

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.config import SourceConfig
 from trainer.data.chats.layout_search import find_layout
-from trainer.data.chats.layouts import Layout
+from trainer.data.chats.layouts import Content, Layout
 from trainer.data.reading.files import detect_format, list_files, naming_the_file
 from trainer.data.storage import sha256_of, write_atomically
 
@@ -43,11 +43,7 @@ class SourcePlan:
     key: str
     folder: Path
     min_chars: int
-
-    @property
-    def holds_chats(self) -> bool:
-        """Tell whether the rows are conversations."""
-        return any(file.layout is not None for file in self.files)
+    content: str  # as in ``DataConfig``
 
     @property
     def work_folder(self) -> Path:
@@ -62,6 +58,7 @@ def plan_source(
     store_dir: Path,
     tokenizer_key: str,
     min_chars: int,
+    content: str,
     chat: Mapping[str, Any] | None = None,
 ) -> SourcePlan:
     """Hash a source's files, reading options and tokenizer into the name of its folder.
@@ -75,7 +72,8 @@ def plan_source(
         store_dir: where prepared sources are.
         tokenizer_key: the tokenizer's fingerprint.
         min_chars: shorter texts are left out.
-        chat: for conversations: what decides how they are encoded, template and length among it.
+        content: of ``data.content``.
+        chat: for all but documents: what decides the encoding, template and length among it.
 
     Raises:
         DataError: a file is missing, empty, unreadable or holds no conversations.
@@ -84,7 +82,7 @@ def plan_source(
     with ThreadPoolExecutor() as threads:  # hashing and waiting for the disk leave Python free
         hashes = threads.map(lambda path: hash_file(path, store_dir / HASHES), paths)
         files = [
-            _source_file(path, source, sha256, chat is not None)
+            _source_file(path, source, sha256, content)
             for path, sha256 in zip(paths, hashes, strict=True)
         ]
     parts: dict[str, Any] = {
@@ -99,11 +97,12 @@ def plan_source(
         parts |= {"chat": chat, "layouts": [asdict(f.layout) for f in files if f.layout]}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^\w-]", "_", name)
-    return SourcePlan(name, source, files, key, store_dir / f"{readable}-{key[:16]}", min_chars)
+    folder = store_dir / f"{readable}-{key[:16]}"
+    return SourcePlan(name, source, files, key, folder, min_chars, content)
 
 
-def _source_file(path: Path, source: SourceConfig, sha256: str, is_chat: bool) -> SourceFile:
-    layout = find_layout(path, source) if is_chat else None
+def _source_file(path: Path, source: SourceConfig, sha256: str, content: str) -> SourceFile:
+    layout = None if content == "documents" else find_layout(path, source, cast(Content, content))
     if layout is not None:
         format_name = layout.format
     else:

@@ -17,10 +17,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from trainer.data.encode import EncoderSpec, token_dtype
-from trainer.data.prepared.drafts import ROW_ARRAYS, WEIGHTS
+from trainer.data.prepared.drafts import ROW_ARRAYS
 from trainer.data.prepared.fingerprints import SourcePlan
 from trainer.data.prepared.shards import num_chunks, shard_path
-from trainer.data.prepared.store import DOCUMENT_ARRAYS, MANIFEST, STORE_FORMAT
+from trainer.data.prepared.store import CONTENT_ARRAYS, DOCUMENT_ARRAYS, MANIFEST, STORE_FORMAT
 from trainer.data.reading.records import Reject, RejectLog
 from trainer.data.reading.remarks import Remarks
 from trainer.data.storage import atomic_file, naming_the_disk, sync_folder, unique_suffix
@@ -78,10 +78,8 @@ def _clear(work_folder: Path) -> None:
 
 def _join(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float, aside: Path) -> None:
     counts = _join_rejects(plan, max_bad_row_share, aside / REJECTED)
-    per_token = {"tokens": token_dtype(spec.num_ids)}
-    if plan.holds_chats:
-        per_token["weights"] = WEIGHTS
-    dtypes: dict[str, np.dtype[Any]] = {**per_token, **DOCUMENT_ARRAYS}
+    dtypes: dict[str, np.dtype[Any]] = {"tokens": token_dtype(spec.num_ids)}
+    dtypes |= CONTENT_ARRAYS[plan.content] | DOCUMENT_ARRAYS
     sizes = dict.fromkeys(dtypes, 0)
     sums = dict.fromkeys(DOCUMENT_ARRAYS, 0)
     for shard in _shards(plan):
@@ -118,14 +116,14 @@ def _refuse_nothing(plan: SourcePlan, counts: dict[str, Any], rejected: Path) ->
     rows, chats = counts["rows"], counts["chats"]
     kept = plan.folder.with_name(f"{plan.folder.name}.{REJECTED}")
     shutil.copyfile(rejected, kept)
-    if plan.holds_chats:
+    if plan.content != "documents":
         left_out = f"{chats.get('long', 0)} longer than data.max_length"
     else:
         left_out = f"{rows['short']} shorter than data.min_chars={plan.min_chars}"
     reasons = "; ".join(f"{number} × {reason}" for reason, number in counts["reasons"][:3])
     raise DataError(
         f"source {plan.name!r}: none of {rows['read']} rows became a "
-        f"{'conversation' if plan.holds_chats else 'document'} ({rows['rejected']} rejected, "
+        f"{plan.content.removesuffix('s')} ({rows['rejected']} rejected, "
         f"{left_out}{': ' + reasons if reasons else ''}); the rows are listed in {kept}"
     )
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from tokenizer.load import fingerprint, load_tokenizer
 from trainer.config import DataConfig
 from trainer.data.chats.chat_encoder import ChatSpec
+from trainer.data.chats.pair_encoder import PairSpec
+from trainer.data.chats.prompt_encoder import PromptSpec
 from trainer.data.chats.templates import resolve_template
 from trainer.data.encode import EncoderSpec
 from trainer.data.prepared.fingerprints import HASHES, SourcePlan, hash_file, plan_source
@@ -31,6 +33,11 @@ from trainer.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+SPECS: dict[str, type[ChatSpec]] = {
+    "conversations": ChatSpec,
+    "preferences": PairSpec,
+    "prompts": PromptSpec,
+}
 TASKS_PER_PROCESS = 4  # more parts than processes, so that all end at about the same time
 
 
@@ -118,10 +125,12 @@ def describe_encoder(data: DataConfig, tokenizer_path: str | Path) -> Spec:
     tokenizer = load_tokenizer(tokenizer_path)
     if data.content == "documents":
         return EncoderSpec.of(tokenizer)
-    return ChatSpec.of(
+    spec = SPECS[data.content]
+    return spec.of(
         tokenizer,
         resolve_template(tokenizer, data.template),
-        train_on=data.train_on,
+        # Of a pair only the answers that are compared are learnt.
+        train_on=data.train_on if data.content == "conversations" else "last",
         system=data.system,
         max_length=data.max_length,
     )
@@ -140,7 +149,7 @@ def plan_sources(data: DataConfig, tokenizer_path: str | Path) -> list[SourcePla
             "+data.sources.NAME.paths=[FILE]"
         )
     tokenizer_key, chat = fingerprint(tokenizer_path), None
-    spec = describe_encoder(data, tokenizer_path) if data.content == "conversations" else None
+    spec = describe_encoder(data, tokenizer_path) if data.content != "documents" else None
     if isinstance(spec, ChatSpec):
         chat = spec.identity()
     return [
@@ -150,6 +159,7 @@ def plan_sources(data: DataConfig, tokenizer_path: str | Path) -> list[SourcePla
             store_dir=Path(data.store_dir).expanduser(),
             tokenizer_key=tokenizer_key,
             min_chars=data.min_chars,
+            content=data.content,
             chat=chat,
         )
         for name, source in data.sources.items()

@@ -144,9 +144,9 @@ def _write_shard(
         _add_documents(draft, rows, task, encoder, rejects, report)
     elif layout is not None:
         # Here, since texts need none of what templates need.
-        from trainer.data.prepared.chat_shards import add_conversations
+        from trainer.data.prepared.chat_shards import add_chats
 
-        add_conversations(draft, rows, task.file.path, layout, encoder, rejects, report)
+        add_chats(draft, rows, task.file.path, layout, encoder, rejects, report)
     draft.write(path, rejects, encoder.dtype)
 
 

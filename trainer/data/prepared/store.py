@@ -29,6 +29,18 @@ DOCUMENT_ARRAYS: dict[str, np.dtype[Any]] = {
     "num_bytes": np.dtype("<u4"),
     "text_hashes": np.dtype("<u8"),
 }
+# What a source has besides, by ``data.content``: one entry a token or a document; ``answers`` are
+# UTF-8 bytes, one document's after the other's.
+CONTENT_ARRAYS: dict[str, dict[str, np.dtype[Any]]] = {
+    "documents": {},
+    "conversations": {"weights": np.dtype("<f4")},
+    "preferences": {
+        "weights": np.dtype("<f4"),
+        "first_lengths": np.dtype("<u4"),
+        "margins": np.dtype("<f4"),
+    },
+    "prompts": {"answer_lengths": np.dtype("<u4"), "answers": np.dtype("u1")},
+}
 
 
 def hash_text(text_bytes: bytes) -> int:
@@ -56,6 +68,8 @@ class SourceStore:
             which the rejected one begins; either may be empty. Others have no such array.
         margins: ``[num_documents]`` of preferences: by how much the chosen answer is better, 0
             where nobody said. Others have no such array.
+        answers: UTF-8 bytes of the answers that the files give to prompts; others have none.
+        answer_offsets: ``[num_documents + 1]`` where each prompt's answer starts in ``answers``.
     """
 
     name: str
@@ -70,6 +84,8 @@ class SourceStore:
     weights: NDArray[np.float32] | None = None
     first_lengths: NDArray[np.uint32] | None = None
     margins: NDArray[np.float32] | None = None
+    answers: NDArray[np.uint8] | None = None
+    answer_offsets: NDArray[np.int64] | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str, holdout_share: float) -> SourceStore:
@@ -80,13 +96,12 @@ class SourceStore:
         """
         manifest = read_manifest(folder)
         mapped = {array: _map_array(folder, array, manifest) for array in manifest["arrays"]}
-        offsets = np.zeros(manifest["num_documents"] + 1, np.int64)
-        np.cumsum(mapped["num_tokens"], out=offsets[1:])
+        lengths = mapped.get("answer_lengths")
         return cls(
             name=name,
             folder=folder,
             tokens=mapped["tokens"],
-            offsets=offsets,
+            offsets=_offsets(mapped["num_tokens"]),
             num_chars=mapped["num_chars"],
             num_bytes=mapped["num_bytes"],
             text_hashes=mapped["text_hashes"],
@@ -95,7 +110,15 @@ class SourceStore:
             weights=mapped.get("weights"),
             first_lengths=mapped.get("first_lengths"),
             margins=mapped.get("margins"),
+            answers=mapped.get("answers"),
+            answer_offsets=None if lengths is None else _offsets(lengths),
         )
+
+    @property
+    def content(self) -> str:
+        """What it was prepared as, of ``data.content``: told by its arrays."""
+        present = set(self.manifest["arrays"])
+        return next(c for c, names in reversed(CONTENT_ARRAYS.items()) if set(names) <= present)
 
     def document_ids(self, held_out: bool) -> NDArray[np.int64]:
         """Return the indices of the held-out documents, or of the others. -> [n]
@@ -118,6 +141,25 @@ class SourceStore:
         if self.weights is None:
             return None
         return self.weights[self.offsets[index] : self.offsets[index + 1]]
+
+    def answer(self, index: int) -> str | None:
+        """Return the answer that the file gives to one prompt (``data.content=prompts``).
+
+        It is what rule rewards compare a response with: the answer of a conversation or a row, the
+        better answer of a pair, the best of a ranked list. None where the file gives none, and for
+        other content.
+        """
+        if self.answers is None or self.answer_offsets is None:
+            return None
+        text = self.answers[self.answer_offsets[index] : self.answer_offsets[index + 1]]
+        return text.tobytes().decode() or None
+
+
+def _offsets(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Return where each entry starts, and where the last ends. lengths [n] -> [n + 1]."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,12 @@ def summarise(store: TokenStore, data: DataConfig) -> RenderableType:
 def source_table(store: TokenStore, caption: str | None = None) -> Table:
     """Return a table with one line a source."""
     table = Table(box=None, padding=(0, 1, 0, 0), caption=caption)
-    cells = _chat_cells() if _holds_chats(store) else _text_cells()
+    cells = CELLS[next(iter(store.sources.values())).content]()
     for column in ("source", *cells):
         table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     for name, source in store.sources.items():
         table.add_row(name, *(cell(source) for cell in cells.values()))
     return table
-
-
-def _holds_chats(store: TokenStore) -> bool:
-    return any(source.weights is not None for source in store.sources.values())
 
 
 def _text_cells() -> dict[str, Cell]:
@@ -69,6 +65,44 @@ def _chat_cells() -> dict[str, Cell]:
     }
 
 
+def _pair_cells() -> dict[str, Cell]:
+    return {
+        "pairs": _chat_count("kept"),
+        "good": _chat_count("desirable"),
+        "bad": _chat_count("undesirable"),
+        "tokens": lambda source: f"{source.manifest['num_tokens']:,}",
+        "trained": _trained_share,
+        "held out": _held_out,
+        "cut": _chat_count("cut"),
+        "too long": _chat_count("long"),
+        "equal": _chat_count("equal"),
+        "rejected": _row_count("rejected"),
+        "twice": lambda source: f"{source.manifest['lengths']['duplicates']:,}",
+        "rows": _row_count("read"),
+    }
+
+
+def _prompt_cells() -> dict[str, Cell]:
+    return {
+        "prompts": _chat_count("kept"),
+        "answered": _chat_count("answered"),
+        "tokens": lambda source: f"{source.manifest['num_tokens']:,}",
+        "held out": _held_out,
+        "too long": _chat_count("long"),
+        "rejected": _row_count("rejected"),
+        "twice": lambda source: f"{source.manifest['lengths']['duplicates']:,}",
+        "rows": _row_count("read"),
+    }
+
+
+CELLS: dict[str, Callable[[], dict[str, Cell]]] = {
+    "documents": _text_cells,
+    "conversations": _chat_cells,
+    "preferences": _pair_cells,
+    "prompts": _prompt_cells,
+}
+
+
 def _row_count(kind: str) -> Cell:
     return lambda source: f"{source.manifest['rows'][kind]:,}"
 
@@ -94,7 +128,7 @@ def _trained_share(source: SourceStore) -> str:
 
 def _remarks(name: str, source: SourceStore) -> Iterator[str]:
     if not len(source.document_ids(held_out=True)):
-        kind = "document" if source.weights is None else "conversation"
+        kind = source.content.removesuffix("s")
         yield (
             f"{name}: no {kind} is held out, so it cannot be evaluated; raise "
             f"data.sources.{name}.holdout_share={source.holdout_share:g}"
@@ -106,7 +140,8 @@ def _remarks(name: str, source: SourceStore) -> Iterator[str]:
 
 def left_out(manifest: Any) -> int:
     """Return how many rows of a source are in its list of rejected rows."""
-    return int(manifest["rows"]["rejected"] + manifest["chats"].get("long", 0))
+    chats = manifest["chats"]
+    return int(manifest["rows"]["rejected"] + chats.get("long", 0) + chats.get("unlike", 0))
 
 
 def content_remarks(manifest: Any) -> Iterator[str]:

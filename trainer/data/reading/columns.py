@@ -44,7 +44,7 @@ def guess_columns(headers: Iterable[str]) -> dict[str, str]:
     Every header is used once. A longer header (客戶常見問題) counts for prompt or response when it
     is the only one with such a word in it.
     """
-    left = {header: _fold(header) for header in headers}
+    left = {header: fold_header(header) for header in headers}
     found: dict[str, str] = {}
     for name, words in HEADERS.items():
         for word in words:
@@ -79,7 +79,7 @@ def _containing(words: tuple[str, ...], left: dict[str, str]) -> str | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def _fold(header: str) -> str:
+def fold_header(header: str) -> str:
     """Return a header in its simplest form: no width, case, space, signs, or remark in brackets."""
     header = unicodedata.normalize("NFKC", header).casefold()
     header = re.sub(r"[(\[【].*?[)\]】]", "", header)

@@ -17,7 +17,7 @@ from trainer.errors import DataError
 INFO_FILE = "dataset_info.json"
 HUBS = {"hf_hub_url": "huggingface.co", "ms_hub_url": "modelscope.cn", "om_hub_url": "modelers.cn"}
 MEDIA = ("images", "videos", "audios")
-PREFERENCES = ("chosen", "rejected", "kto_tag")
+PREFERENCES = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
 COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 ROLE_TAGS = {
     "user_tag": "user",
@@ -41,6 +41,7 @@ class Entry:
         content_key: where it keeps its text; empty = to be guessed.
         roles: names of speakers with ours.
         num_samples: rows to use at most.
+        holds_preferences: whether its answers are ranked, or labelled as good or bad.
     """
 
     name: str
@@ -51,13 +52,14 @@ class Entry:
     content_key: str = ""
     roles: Mapping[str, str] = field(default_factory=dict)
     num_samples: int | None = None
+    holds_preferences: bool = False
 
 
 def read_entries(source: SourceConfig) -> list[Entry]:
     """Return the entries that ``source.datasets`` names, in that order.
 
     Raises:
-        DataError: no such file or name, or a dataset that is not here, holds media or preferences.
+        DataError: no such file or name, or a dataset that is not here or holds media.
     """
     info, folder = _find_info(source)
     try:
@@ -112,14 +114,11 @@ def parse_entry(name: str, value: Any, folder: Path, info: Path) -> Entry:
     media = [key for key in MEDIA if columns.get(key)]
     if media:
         raise DataError(f"{where} holds {', '.join(media)}; only text can be trained")
-    if value.get("ranking") or any(columns.get(key) for key in PREFERENCES):
-        raise DataError(
-            f"{where} holds preferences, which are no answers to learn as they stand "
-            "(LLaMA-Factory refuses or drops them in supervised fine-tuning too)"
-        )
     keeps_messages = formatting != "alpaca"
     known = {key: str(columns[key]) for key in COLUMNS if columns.get(key)}
-    if columns and not keeps_messages and not {"prompt", "response"} <= set(known):
+    answers = {ours: str(columns[key]) for key, ours in PREFERENCES.items() if columns.get(key)}
+    needed = {"prompt"} if "chosen" in answers else {"prompt", "response"}
+    if columns and not keeps_messages and not needed <= set(known):
         raise DataError(
             f"{where} names no {'response' if 'prompt' in known else 'prompt'} column: it is a "
             "text for pretraining; read its file as documents"
@@ -128,11 +127,12 @@ def parse_entry(name: str, value: Any, folder: Path, info: Path) -> Entry:
         name,
         _find_file(name, value, folder, where),
         keeps_messages,
-        {} if keeps_messages and "messages" not in known else known,
+        {} if keeps_messages and "messages" not in known else known | answers,
         str(tags.get("role_tag") or ""),
         str(tags.get("content_tag") or ""),
         {str(tags[tag]): role for tag, role in ROLE_TAGS.items() if tags.get(tag)},
         _num_samples(value.get("num_samples"), where),
+        bool(value.get("ranking") or answers),
     )
 
 

@@ -16,6 +16,9 @@ SENTENCES = {
     "undeclared_tools": "conversations call functions that their tools do not declare",
     "unread_columns": "conversations fill a column named input, system, history or tools that is "
     "not read: name it in the source's columns",
+    "other_responses": "pairs come with a response that is neither the chosen nor the rejected "
+    "answer: it is not read",
+    "negative_margins": "pairs have a margin below 0: the chosen answer scores below the rejected",
     "duplicates": "conversations occurred before, word for word",
 }
 

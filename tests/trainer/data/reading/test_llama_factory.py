@@ -105,7 +105,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "names neither a file nor a hub": {"script_url": "x"},
     "holds images; only text": {"file_name": "qa.json", "columns": {"images": "images"}},
     "holds preferences": {"file_name": "qa.json", "ranking": True},
-    "holds preferences, which": {"file_name": "qa.json", "columns": {"kto_tag": "label"}},
+    "holds preferences, which": {
+        "file_name": "qa.json",
+        "columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"},
+    },
     "names no response column: it is a text for pretraining": {
         "file_name": "qa.json",
         "columns": {"prompt": "text"},
@@ -207,7 +210,6 @@ def test_every_real_entry_is_read_or_explained(info: str, num_entries: int, num_
     remedies = (
         "download",
         "does not exist",
-        "preferences",
         "only text",
         "pretraining",
         "file_name",

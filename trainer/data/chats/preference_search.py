@@ -1,0 +1,83 @@
+"""Whether a file says which answer is better, and how: told by its columns and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.data.chats.layouts import AnswerForm, Preference
+from trainer.data.chats.messages import ROLE_KEYS
+from trainer.data.chats.tool_calls import parse_json
+from trainer.data.chats.transcripts import is_transcript
+from trainer.data.reading.answer_columns import ANSWER_NAMES, guess_answers
+from trainer.data.reading.raw import RowError
+
+LABELS = {
+    **dict.fromkeys(("true", "1", "yes", "y", "good", "是", "好", "對", "对"), True),
+    **dict.fromkeys(("false", "0", "no", "n", "bad", "否", "壞", "坏", "不好", "錯", "错"), False),
+}
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def read_label(value: object) -> bool | None:
+    """Return what a label says of an answer, None when it is no label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return LABELS.get(str(value).strip().lower())
+
+
+def choose_answers(
+    records: Records, headers: Sequence[str], named: Mapping[str, str]
+) -> dict[str, str]:
+    """Return our names of the answer columns with the file's: those ``named``, else guessed.
+
+    A column is a label only when it holds nothing else.
+    """
+    free = [header for header in headers if header not in named.values()]
+    guessed = guess_answers(free)
+    if "label" in guessed and not _holds_labels(records, guessed["label"]):
+        del guessed["label"]
+    explicit = {name: column for name, column in named.items() if name in ANSWER_NAMES}
+    if "label" in explicit:
+        guessed = {}
+    return {name: column for name, column in {**guessed, **explicit}.items() if column}
+
+
+def _holds_labels(records: Records, column: str) -> bool:
+    values = [record[column] for record in records if record.get(column) is not None]
+    return bool(values) and all(read_label(value) is not None for value in values)
+
+
+def find_preference(records: Records, columns: Mapping[str, str]) -> Preference:
+    """Return how the records say which answer is better, "" when they do not."""
+    if {"chosen", "rejected"} <= set(columns):
+        return "pairs"
+    if "label" in columns:
+        return "labels"
+    ranked = (record.get(columns.get("response", "")) for record in records)
+    is_squad = "context" in columns and columns.get("prompt", "").lower() == "question"
+    return "ranked" if not is_squad and any(map(_is_ranking, ranked)) else ""
+
+
+def _is_ranking(value: object) -> bool:
+    """Tell a list of answers from one of messages."""
+    return isinstance(value, list) and len(value) > 1 and isinstance(value[0], str)
+
+
+def find_answer_form(records: Records, column: str) -> AnswerForm:
+    """Return what the column of an answer holds."""
+    values = [record[column] for record in records if record.get(column)]
+    texts = [value for value in values if isinstance(value, str)]
+    if 2 * sum(map(is_transcript, texts)) > len(values):
+        return "transcripts"
+    return "messages" if any(map(_holds_messages, values)) else "text"
+
+
+def _holds_messages(value: object) -> bool:
+    try:
+        value = parse_json(value, "")
+    except RowError:
+        return False
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and bool(ROLE_KEYS & set(first))
