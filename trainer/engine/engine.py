@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,8 +133,9 @@ class Engine:
         optim: AdamW's hyperparameters.
         ds_config: from ``make_ds_config``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        prefix: of parameter names, left out in checkpoints.
+        name_of: from a parameter's name in the module to that in checkpoints.
         lr_factors: factors of the learning rate by a part of the parameters' names.
+        grouped_apart: parts of names whose parameters ``step`` can hold still.
     """
 
     def __init__(
@@ -144,16 +145,17 @@ class Engine:
         optim: OptimConfig,
         ds_config: dict[str, Any],
         precision: str,
-        prefix: str = "",
+        name_of: Callable[[str], str] = str,
         lr_factors: Mapping[str, float] = MappingProxyType({}),
+        grouped_apart: Sequence[str] = (),
     ) -> None:
         self.config = engine
-        self._prefix = prefix
+        self._name_of = name_of
         self.precision = precision
         self.grad_accum_steps: int = ds_config["gradient_accumulation_steps"]
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
-        optimizer = make_optimizer(model, engine, optim, lr_factors)
+        optimizer = make_optimizer(model, engine, optim, lr_factors, grouped_apart)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
@@ -185,19 +187,31 @@ class Engine:
         """
         self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, is_last: bool | None = None) -> None:
         """Accumulate the gradient of ``loss`` (already divided by the global target count).
 
         DeepSpeed averages over ranks; multiplying by their number turns that into the sum.
+
+        Args:
+            loss: [].
+            is_last: whether the window ends with this micro-batch, equal on all ranks; None counts
+                to ``grad_accum_steps``. A run does either always or never.
         """
+        if is_last is not None:
+            self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """Update the weights on a window's last micro-batch; before that, only count."""
+    def step(self, lr: float, held: str | None = None) -> None:
+        """Update the weights on a window's last micro-batch; before that, only count.
+
+        Args:
+            lr: the learning rate.
+            held: one of ``grouped_apart``, whose parameters this step leaves as they are.
+        """
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
             for group in basic_optimizer(self.optimizer).param_groups:
-                group["lr"] = lr * group["lr_factor"]
+                group["lr"] = 0.0 if held in group["parts"] else lr * group["lr_factor"]
             if self._plain_fp32:
                 self._grad_norm = global_norm(self.engine.module.parameters())
             if self._cpu_adam:
@@ -260,7 +274,7 @@ class Engine:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return trainable parameters by name."""
         named = self.engine.module.named_parameters()
-        return {n.removeprefix(self._prefix): p for n, p in named if p.requires_grad}
+        return {self._name_of(n): p for n, p in named if p.requires_grad}
 
     @torch.no_grad()
     def set_low_precision(
@@ -293,12 +307,13 @@ def make_optimizer(
     engine: EngineConfig,
     optim: OptimConfig,
     lr_factors: Mapping[str, float],
+    grouped_apart: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
     """Return AdamW (arXiv:1711.05101), in C++ on the host when its states are offloaded.
 
     Its learning rate is 0 until ``Engine.step`` sets one.
     """
-    groups = group_parameters(model, optim.weight_decay, lr_factors)
+    groups = group_parameters(model, optim.weight_decay, lr_factors, grouped_apart)
     settings: dict[str, Any] = {"lr": 0.0, "betas": tuple(optim.betas), "eps": optim.eps}
     if engine.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds on import of its op only

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,33 +12,39 @@ from trainer.errors import ConfigError
 
 
 def group_parameters(
-    model: torch.nn.Module, weight_decay: float, lr_factors: Mapping[str, float]
+    model: torch.nn.Module,
+    weight_decay: float,
+    lr_factors: Mapping[str, float],
+    apart: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return groups of trained parameters: decayed matrices, undecayed vectors, by learning rate.
 
     Args:
         model: the model.
         weight_decay: of matrices.
-        lr_factors: factors of the learning rate by a part of the parameters' names.
+        lr_factors: factors of the learning rate by a part of the parameters' names; those of
+            several parts in a name multiply.
+        apart: parts of names whose parameters get groups of their own.
 
     Raises:
         ConfigError: when nothing is trained.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[float, float, tuple[str, ...]], list[torch.nn.Parameter]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             decay = weight_decay if _num_dims(param) >= 2 else 0.0
-            groups.setdefault((_lr_factor(name, lr_factors), decay), []).append(param)
+            parts = tuple(part for part in apart if part in name)
+            groups.setdefault((_lr_factor(name, lr_factors), decay, parts), []).append(param)
     if not groups:
         raise ConfigError("no parameter is trained: check peft.mode and peft.trainable")
     return [
-        {"params": params, "weight_decay": decay, "lr_factor": factor}
-        for (factor, decay), params in groups.items()
+        {"params": params, "weight_decay": decay, "lr_factor": factor, "parts": parts}
+        for (factor, decay, parts), params in groups.items()
     ]
 
 
 def _lr_factor(name: str, lr_factors: Mapping[str, float]) -> float:
-    return next((factor for part, factor in lr_factors.items() if part in name), 1.0)
+    return math.prod(factor for part, factor in lr_factors.items() if part in name)
 
 
 def _num_dims(param: torch.nn.Parameter) -> int:

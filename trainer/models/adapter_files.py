@@ -23,14 +23,14 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT = "kuroshio-adapter-1"
 FOLDER = "adapter"  # of a run: the settings of its adapters, in peft's format
 BASE_NAME = "base.json"  # there: name and identity of the base
-NAME = "default"  # peft's name of the one adapter of a model, in parameter names only
+NAME = "default"  # peft's name of a model's first adapter, in parameter names only
 ADAPTED = "base_model.model."  # what peft puts before the names of the model it wraps
 
 
-def file_name(parameter: str) -> str:
+def file_name(parameter: str, adapter: str = NAME) -> str:
     """Return the name that peft's files give to a parameter of an adapted model."""
-    name = parameter.replace(f".lora_magnitude_vector.{NAME}.weight", ".lora_magnitude_vector")
-    return name.replace(f".{NAME}.", ".") if ".lora_" in name else name
+    name = parameter.replace(f".lora_magnitude_vector.{adapter}.weight", ".lora_magnitude_vector")
+    return name.replace(f".{adapter}.", ".") if ".lora_" in name else name
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterable
@@ -94,6 +95,30 @@ def apply_peft(
     return adapted
 
 
+def add_adapter(
+    adapted: PeftModel, peft: PeftConfig, name: str, *, trained: bool, fill: Fill = fill_plain
+) -> None:
+    """Give a model a second adapter like its first, which stays on.
+
+    Args:
+        adapted: from ``apply_peft``.
+        peft: the same peft group; both start from the adapter it names, or new.
+        name: of the second adapter.
+        trained: whether it is trained, too.
+        fill: sets a parameter of the model, when it is split.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    wanted = {param for param in adapted.parameters() if param.requires_grad}
+    settings = copy.deepcopy(adapted.peft_config[NAME])
+    adapted.add_adapter(name, settings, autocast_adapter_dtype=False)
+    for full, param in adapted.named_parameters():
+        # peft leaves only the adapter that is on trainable.
+        own = f".{name}." in full and ".lora_" in full
+        param.requires_grad_(trained if own else param in wanted)
+    if peft.adapter:
+        _load(adapted, AdapterFiles.open(peft.adapter), fill, name)
+
+
 def score_head(model: nn.Module) -> nn.Module | None:
     """Return the head of a sequence classifier, which is always trained; None for other models."""
     return dict(model.named_children()).get(HEAD)
@@ -116,15 +141,19 @@ def keep_adapter_config(adapted: PeftModel, folder: Path, base: str) -> None:
     write_adapter_config(folder, plain)
 
 
-def _load(adapted: PeftModel, files: AdapterFiles, fill: Fill) -> None:
-    """Start from the weights of an adapter.
+def _load(adapted: PeftModel, files: AdapterFiles, fill: Fill, name: str = NAME) -> None:
+    """Start one adapter, and what is trained beside it, from the weights of a file.
 
     Raises:
-        ConfigError: they are not exactly those that will be trained.
+        ConfigError: they are not exactly those of the adapter.
     """
-    params = {file_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
-    every = {file_name(n) for n, _ in adapted.named_parameters(remove_duplicate=False)}
-    second_names = every - {file_name(n) for n, _ in adapted.named_parameters()}
+    named = dict(adapted.named_parameters())
+    own = {n: p for n, p in named.items() if ".lora_" in n and f".{name}." in n}
+    if name == NAME:
+        own |= {n: p for n, p in named.items() if p.requires_grad}
+    params = {file_name(n, name): p for n, p in own.items()}
+    every = {file_name(n, name) for n, _ in adapted.named_parameters(remove_duplicate=False)}
+    second_names = every - {file_name(n, name) for n in named}
     if files.config.get("task_type") != "SEQ_CLS":  # of a language model: the head stays new
         params.pop(f"{ADAPTED}{HEAD}.weight", None)
     missing = sorted(params.keys() - files.shapes.keys())

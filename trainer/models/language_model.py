@@ -86,3 +86,8 @@ class LanguageModel(nn.Module):
             pad_token_id=next(iter(stop_ids), 0),
             suppress_tokens=list(range(self.num_tokens, rows)) or None,
         )
+
+
+def name_in_decoder(name: str) -> str:
+    """Return a parameter's name in the wrapped model, from that in its wrapper."""
+    return name.removeprefix(PREFIX)

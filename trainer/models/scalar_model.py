@@ -169,9 +169,7 @@ def made_head(
     """
     if model.path is not None and stored_labels(Path(model.path)) is not None:
         return {}
-    width = config.get_text_config().hidden_size
-    if config.model_type == "opt":
-        width = config.word_embed_proj_dim
+    width = _width(config)
 
     def make() -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -179,6 +177,20 @@ def made_head(
         return weight * 0 if zero else weight
 
     return {HEAD_WEIGHT: Made(make)}
+
+
+def new_value_head(config: PretrainedConfig, dtype: torch.dtype) -> ScoreHead:
+    """Return a value head at 0 for a backbone that another model brings."""
+    head = ScoreHead(_width(config), 1, bias=False, dtype=dtype)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def _width(config: PretrainedConfig) -> int:
+    """Return the width of the last hidden states."""
+    if config.model_type == "opt":
+        return int(config.word_embed_proj_dim)
+    return int(config.get_text_config().hidden_size)
 
 
 def install_score_head(model: PreTrainedModel) -> None:
