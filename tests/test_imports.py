@@ -25,6 +25,7 @@ LAYERS: list[list[str]] = [
         "trainer.rollout",
         "trainer.sequence_logps",
     ],
+    ["trainer.model_parts"],
     [
         "trainer.loop",
         "trainer.policy",

@@ -18,13 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_scenarios(
-    scenarios: list[dict[str, Any]], num_ranks: int, folder: Path, timeout_s: int = 420
+    scenarios: list[dict[str, Any]],
+    num_ranks: int,
+    folder: Path,
+    timeout_s: int = 420,
+    script: Path = ROOT / "tests/scenarios.py",
 ) -> subprocess.CompletedProcess[str]:
     """Run scenarios on ``num_ranks`` processes; all are ended as soon as one fails."""
     path = folder / f"scenarios_{len(list(folder.glob('scenarios_*')))}.json"
     path.write_text(json.dumps(scenarios))
     port = str(free_port())
-    command = [sys.executable, str(ROOT / "tests/scenarios.py"), str(path)]
+    command = [sys.executable, str(script), str(path)]
     logs = [path.with_suffix(f".{rank}.log") for rank in range(num_ranks)]
     ranks = []
     for rank, log in enumerate(logs):
