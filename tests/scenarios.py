@@ -2,16 +2,19 @@
 
 ``python scenarios.py FILE``: FILE holds a JSON list of {"config": …, "explode": bool, "kill_at":
 step}. ``explode`` feeds every packed row as padded rows of its pieces; ``kill_at`` ends this very
-process with SIGKILL in the middle of that step on the last rank.
+process with SIGKILL in the middle of that step on the last rank; ``rollout`` answers prompts before
+every step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,12 @@ import torch
 from launch.__main__ import leave
 from launch.agreement import part
 from trainer.config import load_config
-from trainer.data.batches.collate import Batch, Row, collate
+from trainer.data.batches.collate import Batch, Example, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.metrics.sinks import Sinks
+from trainer.rollout.generate import generate, rollout_model
+from trainer.rollout.sampling import Sampling, draw_uniforms
 from trainer.signals import StopRequest
 from trainer.stage import Context
 from trainer.stages import stage_class
@@ -34,15 +39,27 @@ from trainer.store_stage import StoreStage
 def explode(batch: Batch) -> Batch:
     """Return the pieces of packed rows as rows of their own, padded to the longest."""
     rows = []
+    examples = list_examples(batch)
     for number, lengths in enumerate(batch.piece_lengths):
         at = 0
         for length in lengths:
             ids = batch.input_ids[number, at : at + length].numpy()
             weights = batch.weights
             own = None if weights is None else [weights[number, at : at + length].numpy()]
-            rows.append(Row([ids], int(batch.sample_ids[number]), 0, own))
+            what = [examples.popleft()] if batch.examples else None
+            rows.append(Row([ids], int(batch.sample_ids[number]), 0, own, what))
             at += length
     return collate(rows, length=None, pad_token_id=0, isolate=True)
+
+
+def list_examples(batch: Batch) -> deque[Example]:
+    """Return what the pieces of a batch of preferences are."""
+    found = batch.examples
+    if found is None:
+        return deque()
+    columns = (found.pairs, found.sides, found.documents, found.margins)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return deque(Example((pair, 0), *rest) for pair, *rest in rows)
 
 
 class Twisted(StoreStage):
@@ -83,9 +100,25 @@ class Twisted(StoreStage):
         self._step = step
         if step == self.twist.get("signal_at") and self.context.rank == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
+        if self.twist.get("rollout"):
+            self.rollout(step)
         count = super().train_step(step, batches)
         self._step = -1
         return count
+
+    def rollout(self, step: int) -> None:
+        """Answer prompts, more of them on rank 0; then leave a second rollout by an error."""
+        prompts = [[3 + step, 4, 5], [6] * 9, [7, 8], [9, 10]][: 4 - 2 * self.context.rank]
+        uniforms = draw_uniforms(0, step, range(len(prompts)), 12)
+        with rollout_model(self.policy, self.policy.module) as model:
+            assert not any(module.training for module in model.modules())
+            greedy = generate(model, prompts, Sampling(12, 0.0), [2], uniforms)
+            drawn = generate(model, prompts, Sampling(12, 1.0), [2], uniforms)
+        with contextlib.suppress(KeyError), rollout_model(self.policy, self.policy.module):
+            raise KeyError
+        assert self.policy.module.training
+        with (self.context.run_dir / f"answers_{self.context.rank}.jsonl").open("a") as file:
+            file.write(json.dumps([response.ids for response in greedy + drawn]) + "\n")
 
 
 def kill_between_renames() -> None:
@@ -114,9 +147,9 @@ def kill_in_save(step: int) -> None:
 
 def split_everything() -> None:
     """Make ZeRO-3 split also the small parameters that it would keep whole on every rank."""
-    from trainer import policy
+    from trainer import model_parts
 
-    make = policy.make_ds_config
+    make = model_parts.make_ds_config
 
     def make_without_threshold(*args: Any, **kwargs: Any) -> dict[str, Any]:
         config = make(*args, **kwargs)
@@ -124,7 +157,7 @@ def split_everything() -> None:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
-    policy.make_ds_config = make_without_threshold
+    model_parts.make_ds_config = make_without_threshold
 
 
 def main(path: str) -> None:

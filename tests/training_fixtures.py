@@ -116,6 +116,72 @@ def chat_config(
     return values
 
 
+@pytest.fixture(scope="session")
+def preference_config(
+    base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return a complete config of stage reward on short pairs with margins, prepared."""
+    from trainer.config import load_config
+    from trainer.data.prepared.prepare import ensure_prepared
+
+    folder = tmp_path_factory.mktemp("preferences")
+    lines = [json.dumps(row) + "\n" for row in make_pairs(120)]
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    values = copy.deepcopy(base_config)
+    values["stage"] = {"name": "reward"}
+    values["data"] |= {
+        "sources": {"pairs": {"paths": [str(folder / "pairs.jsonl")]}},
+        "store_dir": str(folder / "store"),
+        "content": "preferences",
+        "weights_are": "epochs",
+        "template": "plain",
+        "max_bad_row_share": 0.0,
+        "holdout_share": 0.2,
+    }
+    config = load_config(values)
+    ensure_prepared(config.data, str(config.tokenizer.path))
+    return values
+
+
+@pytest.fixture(scope="session")
+def dpo_config(
+    preference_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return a complete config of stage dpo on the same pairs, from a random model's folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = copy.deepcopy(preference_config)
+    folder = tmp_path_factory.mktemp("start") / "model"
+    architecture = values["model"]["architecture"]
+    config = AutoConfig.for_model(**architecture, vocab_size=448, initializer_range=0.15)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    values["model"] = {"name": "start", "path": str(folder)}
+    objective = {"name": "sigmoid", "beta": 0.5}
+    values["stage"] = {"name": "dpo", "sample_tokens": 0, "objective": objective}
+    return values
+
+
+def make_pairs(num: int) -> list[dict[str, Any]]:
+    """Return pairs whose chosen answer ends with other words than the rejected one."""
+    random = Random(0)
+    words = ["the", "wind", "from", "north", "is", "cold", "over", "harbour", "boats", "wait"]
+    pairs = []
+    for number in range(num):
+        question = " ".join(random.choices(words, k=random.randint(1, 4)))
+        first, second = (" ".join(random.choices(words, k=random.randint(1, 5))) for _ in range(2))
+        pairs.append(
+            {
+                "prompt": f"{number} {question}?",
+                "chosen": f"{first} with thanks",
+                "rejected": f"{second} {random.choice(['never', 'go away'])}",
+                "margin": round(random.random(), 2),
+            }
+        )
+    return pairs
+
+
 def make_conversations(num: int) -> list[list[dict[str, Any]]]:
     """Return conversations of one to three turns; second answers count half, some twice."""
     random = Random(0)
@@ -143,6 +209,18 @@ def vary(base_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
 def vary_chat(chat_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """Return a function that copies the config of stage sft with dotted keys changed."""
     return varying(chat_config)
+
+
+@pytest.fixture
+def vary_preferences(preference_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """Return a function that copies the config of stage reward with dotted keys changed."""
+    return varying(preference_config)
+
+
+@pytest.fixture
+def vary_dpo(dpo_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """Return a function that copies the config of stage dpo with dotted keys changed."""
+    return varying(dpo_config)
 
 
 def varying(base: dict[str, Any]) -> Callable[..., dict[str, Any]]:

@@ -81,6 +81,20 @@ def test_killed_fine_tuning_resumes_bit_exactly(vary_chat: Vary, tmp_path: Path)
     kill_and_resume(vary_chat, tmp_path, engines)
 
 
+def test_killed_reward_model_resumes_bit_exactly(vary_preferences: Vary, tmp_path: Path) -> None:
+    engines = {
+        "zero2": {**ENGINES["zero2"], "data__packing": False},
+        "zero3": {**ENGINES["zero3"], "loop__eval_chars": 2000, "loop__eval_every": 2},
+    }
+    kill_and_resume(vary_preferences, tmp_path, engines)
+    unbroken, killed = (
+        json.loads((tmp_path / f"zero3_{name}/checkpoints/step_00000006/manifest.json").read_text())
+        for name in ("unbroken", "killed")
+    )
+    assert unbroken["state"]["reward_stats"] == killed["state"]["reward_stats"]
+    assert unbroken["state"]["reward_stats"]["num"] > 10
+
+
 @pytest.mark.usefixtures("cpu_adam")
 def test_killed_run_resumes_bit_exactly_with_cpu_offload(vary: Vary, tmp_path: Path) -> None:
     kill_and_resume(vary, tmp_path, {"zero0": ENGINES["zero0"], **OFFLOADED})

@@ -12,7 +12,9 @@ from trainer.errors import ConfigError
 from trainer.stage import Stage
 
 STAGES: dict[str, str] = {
+    "dpo": "trainer.stages.dpo:Dpo",
     "pretrain": "trainer.stages.pretrain:Pretrain",
+    "reward": "trainer.stages.reward:Reward",
     "sft": "trainer.stages.sft:Sft",
     "vocab": "trainer.stages.vocab:Vocab",
 }
