@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launch import ROOT
+from launch.rendezvous import mpi_finalize
 from launch.run_folder import CONFIG_FILE, plain
 from trainer.config import RunConfig
 from trainer.engine import collectives
@@ -76,6 +77,7 @@ def part() -> None:
     """Leave the process group together: a rank that exits first would take the store with it."""
     collectives.barrier()
     dist.destroy_process_group()
+    mpi_finalize()
 
 
 def refuse_disagreement(facts: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -246,6 +247,15 @@ def mpi_barrier(environ: Mapping[str, str]) -> None:
     """Wait for all MPI processes; returns at once outside an MPI environment."""
     if any(key in environ for key in MPI_KEYS):
         _mpi_communicator().Barrier()
+
+
+def mpi_finalize() -> None:
+    """Say that this rank is done; mpiexec takes an exit without it for a crash.
+
+    All ranks must call it. Without an MPI library in use nothing happens.
+    """
+    if "mpi4py.MPI" in sys.modules:
+        _mpi().Finalize()
 
 
 def _mpi_communicator() -> Any:
