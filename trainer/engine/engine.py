@@ -180,13 +180,6 @@ class Engine:
         """Run the model's forward."""
         return self.engine(**inputs)
 
-    def announce(self, *, is_last: bool) -> None:
-        """Say whether the next micro-batch is its window's last, where their number varies.
-
-        Who announces one micro-batch announces all.
-        """
-        self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
-
     def backward(self, loss: torch.Tensor, is_last: bool | None = None) -> None:
         """Accumulate the gradient of ``loss`` (already divided by the global target count).
 
@@ -206,12 +199,13 @@ class Engine:
 
         Args:
             lr: the learning rate.
-            held: one of ``grouped_apart``, whose parameters this step leaves as they are.
+            held: one of ``grouped_apart``, whose parameters this step leaves as they are; one with
+                several of these parts in its name belongs to the last.
         """
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
             for group in basic_optimizer(self.optimizer).param_groups:
-                group["lr"] = 0.0 if held in group["parts"] else lr * group["lr_factor"]
+                group["lr"] = 0.0 if held in group["parts"][-1:] else lr * group["lr_factor"]
             if self._plain_fp32:
                 self._grad_norm = global_norm(self.engine.module.parameters())
             if self._cpu_adam:

@@ -112,11 +112,18 @@ class ActorCritic(PreferencePolicy):
         Args:
             part: ``actor`` or ``reference``, called like ``LanguageModel``; ``critic`` or
                 ``reward:NAME``, called like ``ScalarModel``. Only actor and critic have gradients.
+                ``both`` is called with the actor's inputs and the critic's ``selected``, and
+                returns the results of the two: ZeRO-3 and offloaded optimizers lose gradients of
+                parameters that some backward of an accumulation window does not reach.
             inputs: of that part.
 
         Raises:
             ValueError: no such part.
         """
+        if part == "both":
+            selected = inputs.pop("selected")
+            places = {key: inputs[key] for key in ("input_ids", "position_ids")}
+            return self.actor(**inputs), self._criticise({**places, "selected": selected})
         if part == CRITIC:
             return self._criticise(inputs)
         if part.startswith(REWARD):
