@@ -8,14 +8,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.config import SourceConfig
-from trainer.data.chats.chat_rows import read_conversation
 from trainer.data.chats.conversation import Conversation, Message
 from trainer.data.chats.conversations import walk_conversations
 from trainer.data.chats.layout_search import find_layout
 from trainer.data.chats.layouts import Layout
+from trainer.data.chats.prompts import read_prompt
 from trainer.data.reading.files import detect_format, list_files
 from trainer.data.reading.raw import Row, RowError
 from trainer.data.reading.readers import row_text, walk_file
@@ -105,26 +104,14 @@ def _read(row: Row, layout: Layout | None, system: str | None) -> tuple[Conversa
     Raises:
         RowError: it is none.
     """
-    reference: str | None = None
     if layout is None:
-        conversation = Conversation((Message("user", row_text(row.value, [])),))
+        conversation, reference = Conversation((Message("user", row_text(row.value, [])),)), None
     else:
-        record = parse_record(row.value)
-        conversation = read_conversation(record, layout)
-        reference = _reference(record, layout, conversation)
+        conversation, reference = read_prompt(parse_record(row.value), layout)
     if system is not None and conversation.messages[0].role != "system":
         messages = (Message("system", system), *conversation.messages)
         conversation = dataclasses.replace(conversation, messages=messages)
     return conversation, reference
-
-
-def _reference(record: dict[str, Any], layout: Layout, prompt: Conversation) -> str | None:
-    """Return what the record answers to ``prompt``, None when it does not."""
-    try:
-        whole = read_conversation(record, dataclasses.replace(layout, prompts=False))
-    except RowError:
-        return None  # the prompt is good; only its answer is missing
-    return whole.messages[-1].content if whole.messages[:-1] == prompt.messages else None
 
 
 def _check_room(token_ids: Sequence[int], chat_model: ChatModel, decoding: Decoding) -> None:

@@ -15,6 +15,7 @@ from trainer.data.chats.chat_rows import read_conversation
 from trainer.data.chats.conversation import Conversation
 from trainer.data.chats.layout_search import find_layout
 from trainer.data.chats.layouts import Layout
+from trainer.data.chats.prompts import read_prompt
 from trainer.data.reading.files import list_files, naming_the_file, open_seekable
 from trainer.data.reading.nesting import unnest
 from trainer.data.reading.raw import Row, RowError
@@ -147,7 +148,11 @@ def decode_conversation(
 ) -> Conversation | None:
     """Return the conversation of a raw row, or None after rejecting it."""
     try:
-        conversation = read_conversation(parse_record(row.value), layout, remarks)
+        record = parse_record(row.value)
+        if layout.prompts:
+            conversation, _ = read_prompt(record, layout, remarks)
+        else:
+            conversation = read_conversation(record, layout, remarks)
     except RecursionError:
         rejects.reject_row(row, path, "nested too deeply")
         return None

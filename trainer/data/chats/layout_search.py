@@ -13,10 +13,17 @@ from typing import Any, get_args
 from trainer.config import SourceConfig, nearest
 from trainer.data.chats.layouts import Content, Layout, Schema
 from trainer.data.chats.messages import ROLE_KEYS
-from trainer.data.chats.preference_search import choose_answers, find_answer_form, find_preference
+from trainer.data.chats.preference_search import (
+    choose_answers,
+    describe_answers,
+    find_answer_form,
+    find_preference,
+    refuse_others,
+    refuse_preferences,
+)
 from trainer.data.chats.tool_calls import parse_json
 from trainer.data.reading.answer_columns import ANSWER_NAMES
-from trainer.data.reading.columns import NAMES, guess_columns
+from trainer.data.reading.columns import NAMES, guess_columns, list_headers
 from trainer.data.reading.files import (
     BINARY_FORMATS,
     detect_encoding,
@@ -25,17 +32,15 @@ from trainer.data.reading.files import (
 )
 from trainer.data.reading.llama_factory import Entry, find_entry, read_entries
 from trainer.data.reading.nesting import find_nesting, unnest
-from trainer.data.reading.raw import Row, RowError, printable
+from trainer.data.reading.raw import Row, RowError
 from trainer.data.reading.records import parse_record
 from trainer.data.reading.rows import iterate_rows
 from trainer.errors import DataError
 
 SAMPLE_ROWS = 1024  # looked at for columns and for what they hold
-MAX_NAMES, MAX_NAME_CHARS = 30, 60  # shown of a file's columns
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 TABLES = ("csv", "tsv", "xlsx", "xls")
 LISTS: tuple[Schema, ...] = ("sharegpt", "messages")
-PREFERENCES = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"})
 
 logger = logging.getLogger(__name__)
 
@@ -117,24 +122,13 @@ def _find_layout(asked: _Asked) -> Layout:
         nested=nested,
         max_rows=entry.num_samples if entry else None,
         prompts=content == "prompts",
-        **_describe_answers(records, columns, source, content),
+        **describe_answers(records, columns, source.ranked_pairs, content),
     )
     unread = [name for name in _headers(records) if name not in dict(layout.columns).values()]
-    logger.info("%s: %s; columns not read: %s", path, layout.describe(), _shorten(unread) or "-")
+    logger.info(
+        "%s: %s; columns not read: %s", path, layout.describe(), list_headers(unread) or "-"
+    )
     return layout
-
-
-def _describe_answers(
-    records: list[dict[str, Any]],
-    columns: Mapping[str, str],
-    source: SourceConfig,
-    content: Content,
-) -> dict[str, Any]:
-    """Return the fields of a layout that say which answer is better."""
-    preference = find_preference(records, columns) if content != "conversations" else ""
-    form = find_answer_form(records, columns["chosen"]) if preference == "pairs" else "text"
-    ranked = source.ranked_pairs if preference == "ranked" else ""
-    return {"preference": preference, "answer_form": form, "ranked_pairs": ranked}
 
 
 def _options(path: Path, source: SourceConfig, content: Content, is_table: bool) -> _Options:
@@ -196,15 +190,16 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
     if options.content == "conversations":
         answers: dict[str, str] = {}
         if not options.columns:
-            _refuse_preferences(records, headers, options.path)
+            refuse_preferences(records, headers, options.path)
+    elif options.entry is not None and options.entry.columns:
+        answers = {k: v for k, v in options.columns.items() if k in ANSWER_NAMES and v in headers}
     else:
-        answers = _choose_answers(records, headers, options)
+        answers = choose_answers(records, headers, options.columns)
     free = [header for header in headers if header not in answers.values()]
     columns = _choose_columns(records, free, options)
     columns = {k: v for k, v in columns.items() if k not in ANSWER_NAMES} | answers
-    preference = find_preference(records, columns)
-    if options.content == "preferences" and not preference:
-        _refuse_others(headers, options)
+    if options.content == "preferences" and not find_preference(records, columns):
+        refuse_others(headers, options.path)
     if "messages" in columns:
         first = _first_message(records, columns["messages"])
         schema: Schema = "sharegpt" if "from" in first else "messages"
@@ -220,7 +215,7 @@ def _recognise(records: list[dict[str, Any]], options: _Options) -> tuple[Schema
         hint = "; a table needs a header line" if options.is_table else ""
         raise DataError(
             f"{options.path}: no column is known to hold the {wanted}; its columns are "
-            f"{_shorten(headers)}. Name them in the source's columns: {{{example}}}{hint}"
+            f"{list_headers(headers)}. Name them in the source's columns: {{{example}}}{hint}"
         )
     if "prompt" not in columns:
         return "messages", columns
@@ -237,21 +232,6 @@ def _missing(
     if "chosen" in columns and find_answer_form(records, columns["chosen"]) != "text":
         needed.remove("prompt")  # the answers' columns may hold whole conversations
     return [name for name in needed if name not in columns]
-
-
-def _choose_answers(
-    records: list[dict[str, Any]], headers: list[str], options: _Options
-) -> dict[str, str]:
-    """Return the columns of answers, labels and margins; what is set goes over the guess."""
-    if options.entry is not None and options.entry.columns:
-        return {k: v for k, v in options.columns.items() if k in ANSWER_NAMES and v in headers}
-    return choose_answers(records, headers, options.columns)
-
-
-def _shorten(headers: list[str]) -> str:
-    """Return the names in a list, not all of an object that is keyed by number."""
-    more = f" and {len(headers) - MAX_NAMES} more" if len(headers) > MAX_NAMES else ""
-    return printable(", ".join(h[:MAX_NAME_CHARS] for h in headers[:MAX_NAMES]) + more)
 
 
 def _schema_of(columns: Mapping[str, str], options: _Options) -> Schema:
@@ -305,28 +285,5 @@ def _check_named(headers: list[str], options: _Options) -> None:
         if name and name not in headers:
             raise DataError(
                 f"{options.path} has no column {name!r}, which columns.{ours} names; its columns "
-                f"are {_shorten(headers)}{nearest(name, headers)}"
+                f"are {list_headers(headers)}{nearest(name, headers)}"
             )
-
-
-def _refuse_others(headers: list[str], options: _Options) -> None:
-    raise DataError(
-        f"{options.path} holds no preferences: no column is known to hold a chosen and a rejected "
-        "answer, a list of answers from the best to the worst, or a label (true, false) of an "
-        f"answer; its columns are {_shorten(headers)}. Name them in the source's columns: "
-        '{chosen: "COLUMN", rejected: "COLUMN"}'
-    )
-
-
-def _refuse_preferences(records: list[dict[str, Any]], headers: list[str], path: Path) -> None:
-    if any(pair <= set(headers) for pair in PREFERENCES):
-        raise DataError(
-            f"{path} holds preferences (chosen and rejected); name the answer to learn with "
-            "columns={prompt: ..., response: chosen} if that is meant"
-        )
-    is_label = [isinstance(record.get("label"), bool) for record in records]
-    if all(is_label) and {"messages", "conversations", "completion"} & set(headers):
-        raise DataError(
-            f"{path}: its column 'label' marks answers as good or bad (KTO); keep the good ones "
-            "in a file of their own, or name the columns to read them all"
-        )

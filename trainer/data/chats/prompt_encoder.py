@@ -32,6 +32,10 @@ class PromptEncoder(ChatEncoder):
         spec: what ``PromptSpec.of`` made of a tokenizer and a template.
     """
 
+    def with_system(self, prompt: Conversation) -> Conversation:
+        """Return the prompt as the template gets it: with ``data.system`` where it has none."""
+        return self._with_system(prompt)
+
     def encode_prompt(self, prompt: Conversation) -> tuple[NDArray[Any], bool]:
         """Return a prompt's ids, and whether it spells a token such as ``</s>``. -> [tokens]
 
@@ -42,10 +46,17 @@ class PromptEncoder(ChatEncoder):
             TooLongError: it does not fit into ``data.max_length``; nothing is cut.
             RowError: the template refuses it.
         """
-        prompt = self._with_system(prompt)
-        text = self._renderer.render(prompt.as_chat(), prompt.tool_schemas(), generate=True)
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._backend.encode(self.render_prompt(prompt), add_special_tokens=False).ids
         limit = self._spec.max_length
         if limit is not None and len(ids) > limit:
             raise TooLongError(limit, len(ids))
         return np.array(ids, self.dtype), self._spells_control(prompt)
+
+    def render_prompt(self, prompt: Conversation) -> str:
+        """Return the text of a prompt.
+
+        Raises:
+            RowError: the template refuses it.
+        """
+        prompt = self.with_system(prompt)
+        return self._renderer.render(prompt.as_chat(), prompt.tool_schemas(), generate=True)

@@ -18,15 +18,22 @@ from rich.text import Text
 
 from trainer.config import DataConfig
 from trainer.data.chats.chat_encoder import ChatEncoder, ChatSpec, EncodedChat
-from trainer.data.chats.conversations import describe_file, read_conversations
+from trainer.data.chats.chat_rows import read_conversation
+from trainer.data.chats.conversations import describe_file, walk_conversations
 from trainer.data.chats.layout_search import find_layout
+from trainer.data.chats.layouts import Layout
+from trainer.data.chats.pair_encoder import PairEncoder
+from trainer.data.chats.preferences import read_preferences
+from trainer.data.chats.prompt_encoder import PromptEncoder
+from trainer.data.chats.prompts import read_prompt
+from trainer.data.prepared.check_pairs import describe_pairs
 from trainer.data.prepared.merge import REJECTED
 from trainer.data.prepared.prepare import describe_encoder, prepare
 from trainer.data.prepared.store import SourceStore, TokenStore
 from trainer.data.prepared.summary import content_remarks, left_out, source_table
 from trainer.data.reading.files import list_files
 from trainer.data.reading.raw import RowError
-from trainer.data.reading.records import RejectLog
+from trainer.data.reading.records import parse_record
 from trainer.data.storage import naming_the_disk, unique_suffix
 from trainer.errors import DataError
 
@@ -91,7 +98,7 @@ def _check_all(data: DataConfig, tokenizer_path: str | Path, aside: Path) -> Che
         problems += _problems(name, source, data.max_bad_row_share, listed)
         sections.append(_section(source, data, listed))
     parts: list[RenderableType] = [] if store is None else [source_table(store), *sections]
-    if data.content == "conversations" and store is not None:
+    if data.content != "documents" and store is not None:
         good = {name: data.sources[name] for name in store.sources}
         parts += _example(dataclasses.replace(data, sources=good), tokenizer_path)
     return Checked(Group(*parts), problems)
@@ -135,7 +142,9 @@ def _section(source: SourceStore, data: DataConfig, listed: Path) -> RenderableT
         )
     )
     lines.append(Padding(_histogram(lengths), (0, 0, 0, 2), expand=False))
-    notes = list(content_remarks(manifest))
+    if source.content == "preferences":
+        lines.append(Padding(describe_pairs(source), (0, 0, 0, 2), expand=False))
+    notes = list(content_remarks(source))
     notes += [_reason(reason, number) for reason, number in manifest["reasons"]]
     if left_out(manifest):
         notes.append(f"rows left out are listed in {listed}")
@@ -157,8 +166,8 @@ def _reading(name: str, data: DataConfig) -> Iterator[str]:
     source = data.sources[name]
     paths = list_files(source)
     for path in paths[:MAX_FILES_SHOWN]:
-        if data.content == "conversations":
-            first, *more = describe_file(path, find_layout(path, source))
+        if data.content != "documents":
+            first, *more = describe_file(path, find_layout(path, source, data.content))
             yield f"{path.name}: {first}"
             yield from (f"  {line}" for line in more)
         else:
@@ -186,21 +195,40 @@ def _histogram(lengths: dict[str, Any]) -> RenderableType:
 
 
 def _example(data: DataConfig, tokenizer_path: str | Path) -> Iterator[RenderableType]:
-    """Yield the first conversation as the model sees it."""
+    """Yield the first conversation, pair or prompt as the model sees it."""
     spec = describe_encoder(data, tokenizer_path)
-    if not isinstance(spec, ChatSpec):
+    if not isinstance(spec, ChatSpec) or data.content == "documents":
         return
-    encoder = ChatEncoder(spec)
-    for name, source in data.sources.items():
-        for example in read_conversations(source, name, RejectLog(None, 1.0)):
-            try:
-                chat = encoder.encode(example.conversation).chats[0]
-            except RowError:
-                continue  # listed already
-            place = f"{Path(example.file).name}:{example.row}"
-            yield Text(f"\n{place} as the model sees it; what it learns is ⟦marked⟧", "bold")
-            yield highlight(chat)
-            return
+    encoder = spec.build()
+    for source in data.sources.values():
+        for path in list_files(source):
+            layout = find_layout(path, source, data.content)
+            for row in walk_conversations(path, source, layout):
+                try:
+                    shown = list(_show(parse_record(row.value), layout, encoder))
+                except (RowError, RecursionError):
+                    continue  # listed already
+                place = f"{path.name}:{row.number}"
+                yield Text(f"\n{place} as the model sees it; what it learns is ⟦marked⟧", "bold")
+                yield from shown
+                return
+
+
+def _show(record: dict[str, Any], layout: Layout, encoder: ChatEncoder) -> Iterator[Text]:
+    """Yield what one record becomes; raises RowError when it becomes nothing."""
+    if isinstance(encoder, PairEncoder):
+        pair = encoder.encode_pair(read_preferences(record, layout)[0][0])
+        for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if side is not None:
+                yield Text(f"{name}:", "bold")
+                yield highlight(side)
+    elif isinstance(encoder, PromptEncoder):
+        prompt, answer = read_prompt(record, layout)
+        yield Text(_shorten(encoder.render_prompt(prompt)), "dim")
+        if answer is not None:
+            yield Text(f"answer of the file: {_shorten(answer)}")
+    else:
+        yield highlight(encoder.encode(read_conversation(record, layout)).chats[0])
 
 
 def highlight(chat: EncodedChat) -> Text:

@@ -27,7 +27,7 @@ PAIRS, PROMPTS = CONTENT_ARRAYS["preferences"], CONTENT_ARRAYS["prompts"]
 COLUMNS = {
     **DOCUMENT_ARRAYS,
     **{name: PAIRS[name] for name in ("first_lengths", "margins")},
-    "answer_lengths": PROMPTS["answer_lengths"],
+    **{name: PROMPTS[name] for name in ("answer_lengths", "chat_lengths")},
     **ROW_ARRAYS,
 }
 
@@ -40,6 +40,7 @@ class Draft:
         tokens: ids of each document, as bytes.
         weights: loss weights of each document's tokens, as bytes; empty for texts and prompts.
         answers: of each prompt, as UTF-8 bytes.
+        prompts: messages and tools of each, as JSON.
         columns: values by name, of ``COLUMNS``.
         short: texts below ``data.min_chars``.
         left_out: good rows that do not fit into ``data.max_length``.
@@ -50,6 +51,7 @@ class Draft:
     tokens: list[bytes] = field(default_factory=list)
     weights: list[bytes] = field(default_factory=list)
     answers: list[bytes] = field(default_factory=list)
+    prompts: list[bytes] = field(default_factory=list)
     columns: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     short: int = 0
     left_out: list[Reject] = field(default_factory=list)
@@ -76,6 +78,7 @@ class Draft:
                 tokens=np.frombuffer(b"".join(self.tokens), token_type),
                 weights=np.frombuffer(b"".join(self.weights), WEIGHTS),
                 answers=np.frombuffer(b"".join(self.answers), np.uint8),
+                chats=np.frombuffer(b"".join(self.prompts), np.uint8),
                 rejected_rows=np.frombuffer(rejected_rows, np.uint8),
                 left_out_rows=np.frombuffer(left_out.encode(), np.uint8),
                 counts=np.frombuffer(json.dumps(counts).encode(), np.uint8),

@@ -116,12 +116,17 @@ def add_prompt(
     answer_bytes = (answer or "").encode()
     draft.tokens.append(ids.tobytes())
     draft.answers.append(answer_bytes)
+    whole = encoder.with_system(prompt)
+    chat = {"messages": whole.as_chat(), "tools": whole.tool_schemas()}
+    chat_bytes = json.dumps(chat, ensure_ascii=False).encode()
+    draft.prompts.append(chat_bytes)
     draft.add(
         num_tokens=len(ids),
         num_chars=len(said),
         num_bytes=len(said.encode()),
         text_hashes=hash_question(prompt),
         answer_lengths=len(answer_bytes),
+        chat_lengths=len(chat_bytes),
         row_lengths=len(ids),
         row_hashes=hash_chat(prompt),
     )

@@ -29,8 +29,8 @@ DOCUMENT_ARRAYS: dict[str, np.dtype[Any]] = {
     "num_bytes": np.dtype("<u4"),
     "text_hashes": np.dtype("<u8"),
 }
-# What a source has besides, by ``data.content``: one entry a token or a document; ``answers`` are
-# UTF-8 bytes, one document's after the other's.
+# What a source has besides, by ``data.content``: one entry a token or a document; ``answers``
+# (texts) and ``chats`` (JSON) are UTF-8 bytes, one document's after the other's.
 CONTENT_ARRAYS: dict[str, dict[str, np.dtype[Any]]] = {
     "documents": {},
     "conversations": {"weights": np.dtype("<f4")},
@@ -39,7 +39,12 @@ CONTENT_ARRAYS: dict[str, dict[str, np.dtype[Any]]] = {
         "first_lengths": np.dtype("<u4"),
         "margins": np.dtype("<f4"),
     },
-    "prompts": {"answer_lengths": np.dtype("<u4"), "answers": np.dtype("u1")},
+    "prompts": {
+        "answer_lengths": np.dtype("<u4"),
+        "answers": np.dtype("u1"),
+        "chat_lengths": np.dtype("<u4"),
+        "chats": np.dtype("u1"),
+    },
 }
 
 
@@ -70,6 +75,8 @@ class SourceStore:
             where nobody said. Others have no such array.
         answers: UTF-8 bytes of the answers that the files give to prompts; others have none.
         answer_offsets: ``[num_documents + 1]`` where each prompt's answer starts in ``answers``.
+        chats: JSON of what the chat template made each prompt of; others have none.
+        chat_offsets: ``[num_documents + 1]`` where each prompt's starts in ``chats``.
     """
 
     name: str
@@ -86,6 +93,8 @@ class SourceStore:
     margins: NDArray[np.float32] | None = None
     answers: NDArray[np.uint8] | None = None
     answer_offsets: NDArray[np.int64] | None = None
+    chats: NDArray[np.uint8] | None = None
+    chat_offsets: NDArray[np.int64] | None = None
 
     @classmethod
     def open(cls, folder: Path, name: str, holdout_share: float) -> SourceStore:
@@ -96,7 +105,7 @@ class SourceStore:
         """
         manifest = read_manifest(folder)
         mapped = {array: _map_array(folder, array, manifest) for array in manifest["arrays"]}
-        lengths = mapped.get("answer_lengths")
+        answer_lengths, chat_lengths = mapped.get("answer_lengths"), mapped.get("chat_lengths")
         return cls(
             name=name,
             folder=folder,
@@ -111,7 +120,9 @@ class SourceStore:
             first_lengths=mapped.get("first_lengths"),
             margins=mapped.get("margins"),
             answers=mapped.get("answers"),
-            answer_offsets=None if lengths is None else _offsets(lengths),
+            answer_offsets=None if answer_lengths is None else _offsets(answer_lengths),
+            chats=mapped.get("chats"),
+            chat_offsets=None if chat_lengths is None else _offsets(chat_lengths),
         )
 
     @property
@@ -153,6 +164,19 @@ class SourceStore:
             return None
         text = self.answers[self.answer_offsets[index] : self.answer_offsets[index + 1]]
         return text.tobytes().decode() or None
+
+    def chat(self, index: int) -> dict[str, Any] | None:
+        """Return what the chat template made one prompt of (``data.content=prompts``).
+
+        It has ``messages`` and ``tools`` as ``apply_chat_template`` reads them, a system message of
+        ``data.system`` among them: another model's template renders the same prompt from it. None
+        for other content.
+        """
+        if self.chats is None or self.chat_offsets is None:
+            return None
+        text = self.chats[self.chat_offsets[index] : self.chat_offsets[index + 1]]
+        chat: dict[str, Any] = json.loads(text.tobytes())
+        return chat
 
 
 def _offsets(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:

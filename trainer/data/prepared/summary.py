@@ -14,6 +14,11 @@ from trainer.data.prepared.store import SourceStore, TokenStore
 from trainer.data.reading.remarks import Remarks
 
 Cell = Callable[[SourceStore], str]
+TOO_LONG = {  # why, by what was left out
+    "conversations": "not one turn of them fits",
+    "pairs": "their last turn with both answers does not fit",
+    "prompts": "they do not fit",
+}
 
 
 def summarise(store: TokenStore, data: DataConfig) -> RenderableType:
@@ -133,7 +138,7 @@ def _remarks(name: str, source: SourceStore) -> Iterator[str]:
             f"{name}: no {kind} is held out, so it cannot be evaluated; raise "
             f"data.sources.{name}.holdout_share={source.holdout_share:g}"
         )
-    yield from (f"{name}: {line}" for line in content_remarks(source.manifest))
+    yield from (f"{name}: {line}" for line in content_remarks(source))
     if left_out(source.manifest):
         yield f"{name}: rows left out and their reasons are in {source.folder / REJECTED}"
 
@@ -144,27 +149,37 @@ def left_out(manifest: Any) -> int:
     return int(manifest["rows"]["rejected"] + chats.get("long", 0) + chats.get("unlike", 0))
 
 
-def content_remarks(manifest: Any) -> Iterator[str]:
-    """Yield what should be known of a source's conversations."""
+def content_remarks(source: SourceStore) -> Iterator[str]:
+    """Yield what should be known of a source's conversations, pairs or prompts."""
+    manifest = source.manifest
     chats, lengths = manifest["chats"], manifest["lengths"]
+    what = "pairs" if source.content == "preferences" else source.content
     if chats.get("turns_cut"):
+        turns = "old turns" if what == "pairs" else "answers"
         yield (
-            f"{chats['turns_cut']:,} answers of {chats['cut']:,} conversations were cut off by "
-            f"data.max_length; the longest conversation has {lengths['longest']:,} tokens"
+            f"{chats['turns_cut']:,} {turns} of {chats['cut']:,} {what} were cut off by "
+            f"data.max_length; the longest of all has {lengths['longest']:,} tokens"
         )
     if chats.get("long"):
         yield (
-            f"{chats['long']:,} conversations were left out: not one turn of them fits into "
+            f"{chats['long']:,} {what} were left out: {TOO_LONG[what]} into "
             f"data.max_length; {lengths['percentile_95']:,} would hold 95 % of all"
         )
+    if chats.get("unlike"):
+        yield f"{chats['unlike']:,} pairs of ranked lists were left out, with others of them kept"
+    if bool(chats.get("desirable")) != bool(chats.get("undesirable")):
+        missing = "undesirable" if chats.get("desirable") else "desirable"
+        yield f"no answer is labelled {missing}: KTO needs both labels"
     if chats.get("spells_control"):
         yield (
-            f"{chats['spells_control']:,} conversations spell a special token of the tokenizer, "
+            f"{chats['spells_control']:,} {what} spell a special token of the tokenizer, "
             "which is read as that token, as apply_chat_template does"
         )
     if chats.get("hides_thoughts"):
         yield (
-            f"{chats['hides_thoughts']:,} conversations hold thoughts that the chat template does "
+            f"{chats['hides_thoughts']:,} {what} hold thoughts that the chat template does "
             "not show: they are not learnt; data.template=qwen3 shows them"
         )
+    if source.content in ("preferences", "prompts") and lengths["duplicates"]:
+        yield f"{lengths['duplicates']:,} {what} occurred before, word for word: they are kept"
     yield from Remarks(manifest["remarks"]).lines()

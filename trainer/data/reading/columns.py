@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+from trainer.data.reading.raw import printable
+
 # Our column -> headers that mean it, the likeliest first; compared without case, space and signs.
 HEADERS: dict[str, tuple[str, ...]] = {
     "messages": (
@@ -36,6 +38,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
     "tools": ("tools", "functions", "工具", "函式", "函数"),
 }
 NAMES = tuple(HEADERS)
+MAX_NAMES, MAX_NAME_CHARS = 30, 60  # shown of a file's columns
 
 
 def guess_columns(headers: Iterable[str]) -> dict[str, str]:
@@ -70,6 +73,12 @@ def name_columns(cells: Iterable[object]) -> list[str]:
         copies = sum(other == name or other.startswith(f"{name}.") for other in names)
         names.append(f"{name}.{copies + 1}" if name and name in names else name)
     return names
+
+
+def list_headers(headers: list[str]) -> str:
+    """Return headers in a list to show, not all of an object that is keyed by number."""
+    more = f" and {len(headers) - MAX_NAMES} more" if len(headers) > MAX_NAMES else ""
+    return printable(", ".join(h[:MAX_NAME_CHARS] for h in headers[:MAX_NAMES]) + more)
 
 
 def _containing(words: tuple[str, ...], left: dict[str, str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.data.reading.answer_columns import guess_answers
 from trainer.data.reading.columns import guess_columns
 from trainer.data.reading.raw import RowError
 
@@ -24,7 +25,8 @@ def find_nesting(record: Mapping[str, Any]) -> str:
         inner = record.get(name)
         if isinstance(inner, list) and inner and isinstance(inner[0], dict):
             guessed = guess_columns(map(str, inner[0]))
-            if "messages" in guessed or {"prompt", "response"} <= set(guessed):
+            told = "messages" in guessed or {"prompt", "response"} <= set(guessed)
+            if told or "chosen" in guess_answers(map(str, inner[0])):
                 return name
     return ""
 

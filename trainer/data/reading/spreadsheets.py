@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import IO
 
 from trainer.config import nearest
+from trainer.data.reading.answer_columns import guess_answers
 from trainer.data.reading.columns import guess_columns, name_columns
 from trainer.data.reading.raw import Row
 from trainer.data.reading.sheets import Cell, Merge, Sheet, open_xls, open_xlsx
 from trainer.errors import DataError
 
 HEADER_ROWS = 20  # looked through for the header: titles and notes may stand above it
+TELLING = {"prompt", "response", "chosen"}  # columns that a header of several known names has
 HEADER_CHARS = 24  # longer cells are no headers
 OPENERS: dict[str, Callable[[IO[bytes]], list[Sheet]]] = {"xlsx": open_xlsx, "xls": open_xls}
 
@@ -162,8 +164,8 @@ def _header_with(wanted: Sequence[str], rows: list[list[Cell]]) -> int | None:
 
 def _guessed_header(rows: list[list[Cell]]) -> int | None:
     for at, cells in enumerate(_short_texts(rows)):
-        guessed = guess_columns(cells)
-        if "messages" in guessed or (len(guessed) > 1 and {"prompt", "response"} & set(guessed)):
+        guessed = set(guess_columns(cells)) | set(guess_answers(cells))
+        if "messages" in guessed or (len(guessed) > 1 and TELLING & guessed):
             return at
     return None
 
