@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,12 @@ class Prompt:
     Attributes:
         ids: its tokens, up to where the answer begins.
         answer: what the data gives as its answer, None where it gives none.
+        chat: messages and tools that the chat template made it of.
     """
 
     ids: Sequence[int]
     answer: str | None
+    chat: Mapping[str, Any]
 
 
 class PromptLoader:
@@ -74,7 +77,9 @@ class PromptLoader:
 
 def read_prompt(source: SourceStore, document: int) -> Prompt:
     """Return one prompt of a source."""
-    return Prompt(source.document(document).tolist(), source.answer(document))
+    chat = source.chat(document)
+    assert chat is not None  # the store's content is prompts
+    return Prompt(source.document(document).tolist(), source.answer(document), chat)
 
 
 def held_out_prompts(source: SourceStore, max_chars: int) -> list[Prompt]:
