@@ -5,6 +5,7 @@ Imported by processes of other environments too: torch, transformers and ``turns
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from benchmarks.inputs.turns import Turns
 
 IGNORE_INDEX = -100
 
+Count = Callable[[Turns, dict[str, Any]], None]
+
+
+def count_targets(turns: Turns, inputs: dict[str, Any]) -> None:
+    """Add a batch's trained tokens and its tokens without padding."""
+    labels, mask = inputs["labels"], inputs.get("attention_mask")
+    turns.targets += int((labels[:, 1:] != IGNORE_INDEX).sum())
+    turns.tokens += labels.numel() if mask is None else int((mask != 0).sum())
+
 
 class TurnCallback(TrainerCallback):
     """Waits for its go before a step and reports what the steps before trained on.
@@ -21,9 +31,15 @@ class TurnCallback(TrainerCallback):
     Every Trainer of the process counts what its ``training_step`` is given.
     """
 
-    def __init__(self, steps: int, device: torch.device, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        steps: int,
+        device: torch.device,
+        facts: dict[str, Any],
+        count: Count = count_targets,
+    ) -> None:
         self.turns, self.facts = Turns(steps, device), dict(facts)
-        _count_batches(self.turns)
+        _count_batches(self.turns, count)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the turn, if one begins."""
@@ -38,13 +54,11 @@ class TurnCallback(TrainerCallback):
             self.facts["loss"] = float(logs["loss"])
 
 
-def _count_batches(turns: Turns) -> None:
+def _count_batches(turns: Turns, count: Count) -> None:
     plain = Trainer.training_step
 
     def training_step(self: Trainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        labels, mask = inputs["labels"], inputs.get("attention_mask")
-        turns.targets += int((labels[:, 1:] != IGNORE_INDEX).sum())
-        turns.tokens += labels.numel() if mask is None else int((mask != 0).sum())
+        count(turns, inputs)
         return plain(self, model, inputs, *args, **kwargs)
 
     Trainer.training_step = training_step
