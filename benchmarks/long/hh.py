@@ -1,0 +1,118 @@
+"""Learning from preferences on HH-RLHF's harmless pairs, with a small English model.
+
+    python benchmarks/long/hh.py --data-root ../shared/data
+
+Not part of ``make bench``. A tokenizer and a small LLaMA from scratch (experiment=hh_base), tuned
+on the chosen answers (experiment=hh_sft), then a reward model (experiment=hh_reward). The
+held-out quarter of the prompts is in none of the training texts, which is checked. What is done is
+not done again by a second call. Prints tables, writes plots, and ends with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.inputs.hh_figures import (  # noqa: E402
+    held_out,
+    plot_reward,
+    read_records,
+    tabulate_reward,
+)
+from benchmarks.inputs.hh_texts import (  # noqa: E402
+    find_leaks,
+    read_held_out,
+    read_texts,
+    write_hh_files,
+)
+
+VOCAB_SIZE = 6144
+
+
+def main() -> None:
+    """Run everything below ``--out`` and print what it did."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/hh"))
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of every training run")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    start, out = time.time(), options.out
+    shared = [f"data_root={options.data_root}", f"data.store_dir={out}/store", *options.set]
+    counts = prepare(options.data_root, out)
+    tune(out, shared)
+    results = {"counts": counts, "reward": rank(out, shared)}
+    print(f"\n{time.time() - start:.0f} s\n")
+    print(json.dumps(results))
+
+
+def prepare(data_root: Path, out: Path) -> dict[str, int]:
+    """Write the texts without held-out prompts, train the tokenizer on them; return counts."""
+    from tokenizer.load import save_tokenizer
+    from tokenizer.train import train_base
+
+    path, data = out / "data/counts.json", out / "data"
+    if not path.exists():
+        counts = write_hh_files(data_root, data)
+        path.write_text(json.dumps(counts), "utf-8")
+    texts = list(read_texts(data_root, data))
+    if leaks := find_leaks(read_held_out(data_root), texts):
+        raise SystemExit(f"{len(leaks)} held-out dialogues are in training texts: {leaks[:3]}")
+    if not (out / "tokenizer").exists():
+        save_tokenizer(train_base(texts, VOCAB_SIZE), out / "tokenizer")
+    found: dict[str, int] = json.loads(path.read_text("utf-8"))
+    print("data: " + ", ".join(f"{name} {count:,}" for name, count in found.items()))
+    return found
+
+
+def tune(out: Path, shared: list[str]) -> None:
+    """Train and export the base and the tuned model."""
+    dialogues = [f"data.sources.dialogues.paths=[{out}/data/dialogues.jsonl]"]
+    instructions = [f"data.sources.instructions.paths=[{out}/data/alpaca.json]"]
+    start = [f"tokenizer.path={out}/tokenizer", *dialogues, *instructions]
+    kuroshio("run", "experiment=hh_base", *shared, *start, f"run_dir={out}/base")
+    export(out / "base", out / "base_model")
+    chosen = [f"data.sources.chosen.paths=[{out}/data/chosen.jsonl]", *instructions]
+    start = [f"model.path={out}/base_model", *chosen]
+    kuroshio("run", "experiment=hh_sft", *shared, *start, f"run_dir={out}/sft")
+    export(out / "sft", out / "sft_model")
+
+
+def rank(out: Path, shared: list[str]) -> dict[str, Any]:
+    """Train and export the reward model; return its held-out figures."""
+    run = out / "reward"
+    start = [f"model.path={out}/sft_model", f"run_dir={run}"]
+    kuroshio("run", "experiment=hh_reward", *shared, *start)
+    export(run, out / "reward_model")
+    kuroshio("report", str(run))
+    plot_reward(run, out / "reward.svg")
+    rows = held_out(run)
+    last = read_records(run, "train")[-1]
+    print(f"\nreward model, {rows[-1]['num_pairs']} held-out pairs:\n\n{tabulate_reward(rows)}")
+    print(f"\ntraining accuracy at the end {last['accuracy']:.1%}; plot {out}/reward.svg")
+    return {"held_out": rows, "train": last}
+
+
+def kuroshio(*words: str) -> None:
+    """Run one command; its failure ends the script."""
+    print(f"$ kuroshio {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", "launch", *words], check=True)
+
+
+def export(run: Path, model: Path) -> None:
+    """Export a run once, in fp32: figures then do not depend on the processor's bf16."""
+    if not model.exists():
+        kuroshio("export", str(run), str(model), "--dtype", "fp32")
+
+
+if __name__ == "__main__":
+    main()
