@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 
 from trainer.data.chats.chat_encoder import ChatEncoder, ChatSpec, EncodedChat, EncodedRow, TrainOn
 from trainer.data.chats.conversation import Conversation, Message
@@ -22,12 +23,16 @@ __all__ = [
     "ChatSpec",
     "EncodedChat",
     "EncodedRow",
+    "appended_ids",
+    "closing_ids",
     "encode_conversation",
     "prompt_ids",
     "prompt_text",
     "resolve_template",
     "stop_token_ids",
 ]
+
+PROBE = Conversation((Message("user", "?"), Message("assistant", ".")))
 
 
 def encode_conversation(
@@ -83,6 +88,27 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast, template: str | None = No
             ends = np.flatnonzero(targets & ~np.append(targets[1:], False))
             found += [int(i) for i in chat.input_ids[ends] if int(i) in encoder.control_ids]
     return list(dict.fromkeys(found))
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return what a chat ends with behind the token that ends its last answer, as token ids.
+
+    Templates such as ChatML's put a line break there, which no model writes.
+    """
+    ids, weights = _encode_probe(tokenizer)
+    return [int(i) for i in ids[int(np.flatnonzero(weights)[-1]) + 1 :]]
+
+
+def appended_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return what training appends to a rendered chat: the end token, if the template has none."""
+    rendered = tokenizer.apply_chat_template(PROBE.as_chat(), return_dict=False)
+    ids, _ = _encode_probe(tokenizer)
+    return [int(i) for i in ids[len(rendered) :]]
+
+
+def _encode_probe(tokenizer: PreTrainedTokenizerFast) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    chat = encode_conversation(tokenizer, PROBE).chats[-1]
+    return chat.input_ids, chat.weights
 
 
 def prompt_text(
