@@ -39,13 +39,13 @@ def choose_answers(
     A column is a label only when it holds nothing else.
     """
     free = [header for header in headers if header not in named.values()]
-    guessed = guess_answers(free)
-    if "label" in guessed and not _holds_labels(records, guessed["label"]):
-        del guessed["label"]
     explicit = {name: column for name, column in named.items() if name in ANSWER_NAMES}
     if "label" in explicit:
-        guessed = {}
-    return {name: column for name, column in {**guessed, **explicit}.items() if column}
+        return {"label": explicit["label"]} if explicit["label"] else {}
+    found = guess_answers(free, explicit)
+    if "label" in found and not _holds_labels(records, found["label"]):
+        del found["label"]
+    return found
 
 
 def _holds_labels(records: Records, column: str) -> bool:

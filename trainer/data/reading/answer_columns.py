@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from trainer.data.reading.columns import fold_header
 
@@ -56,16 +56,23 @@ SCORES = r"scores?|ratings?|rewards?|評分|评分|分數|分数|得分"
 ANSWER_NAMES = ("chosen", "rejected", "label", "margin", "chosen_score", "rejected_score")
 
 
-def guess_answers(headers: Iterable[str]) -> dict[str, str]:
+def guess_answers(headers: Iterable[str], named: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return our names of answer columns with the headers that mean them.
 
-    Both answers are named, or neither; scores and margins only beside both.
+    Both answers are there, or neither; both scores, or neither; a margin beside answers only, a
+    label beside none.
+
+    Args:
+        headers: to guess from, other than the named ones.
+        named: what is known already, by our names; goes over the guess.
     """
     found: dict[str, str] = {}
     for header in headers:
-        name = _meaning(fold_header(header))
+        bracketed = re.sub(r"[()\[\]【】（）]", " ", header)  # as in "response (chosen)"
+        name = _meaning(fold_header(bracketed)) or _meaning(fold_header(header))
         if name:
             found.setdefault(name, header)
+    found = {name: header for name, header in {**found, **(named or {})}.items() if header}
     for pair in (("chosen", "rejected"), ("chosen_score", "rejected_score")):
         if not set(pair) <= set(found):
             found = {name: header for name, header in found.items() if name not in pair}
