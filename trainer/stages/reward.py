@@ -101,13 +101,13 @@ class Reward(StoreStage):
         return float(examples_of(batch).num_pairs)
 
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the score of each sequence at its last token, and the router's loss.
+        """Return the score of each sequence at its answer's end, and the router's loss.
 
         Returns:
             ``[n]`` fp32, and ``[]`` a mean over tokens, 0 unless the model mixes experts.
         """
         examples, device = examples_of(batch), self.policy.device
-        selected = examples.rows * batch.input_ids.shape[1] + examples.stops - 1
+        selected = examples.rows * batch.input_ids.shape[1] + answer_ends(batch)
         inputs = {
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
@@ -232,6 +232,21 @@ def examples_of(batch: Batch) -> Examples:
     """Return where the batch's sequences are; a store of preferences always says so."""
     assert batch.examples is not None
     return batch.examples
+
+
+def answer_ends(batch: Batch) -> Tensor:
+    """Return each sequence's place in its row of the last token that the answer consists of.
+
+    That is its end token where the template has one. What a template puts behind it, a line break
+    say, no model writes, so a score must not stand there. -> [n] int64
+    """
+    examples, weights = examples_of(batch), batch.weights
+    assert weights is not None
+    spans = zip(
+        *(t.tolist() for t in (examples.rows, examples.starts, examples.stops)), strict=True
+    )
+    ends = [start + int(weights[row, start:stop].nonzero()[-1]) for row, start, stop in spans]
+    return torch.tensor(ends, dtype=torch.int64)
 
 
 def refuse_lone_answers(name: str, source: SourceStore) -> None:

@@ -20,12 +20,13 @@ from launch import export
 from launch.run_folder import CONFIG_FILE
 from tokenizer.load import load_tokenizer
 from trainer.config import load_config
+from trainer.data.batches.collate import Example, Row, collate
 from trainer.data.batches.loader import TrainLoader
 from trainer.data.prepared.prepare import ensure_prepared, open_store
 from trainer.errors import DataError
 from trainer.losses.ranking import ranking_losses
 from trainer.plan.schedule import lr_factor
-from trainer.stages.reward import Reward
+from trainer.stages.reward import Reward, answer_ends
 
 Vary = Callable[..., dict[str, Any]]
 
@@ -70,6 +71,14 @@ def start_from(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
+def answered(source: Any, document: int) -> list[list[int]]:
+    """Return the chosen and the rejected sequence up to the end of the answer."""
+    ids, weights = source.document(document), source.document_weights(document)
+    first = int(source.first_lengths[document])
+    sides = [(ids[span], weights[span]) for span in (np.s_[:first], np.s_[first:])]
+    return [own[: int(np.flatnonzero(factors)[-1]) + 1].tolist() for own, factors in sides]
+
+
 def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the weights after ``loop.max_steps`` in float64, each sequence scored alone."""
     config = load_config(values)
@@ -92,9 +101,10 @@ def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     for step, batch in zip(range(loop.max_steps), loader, strict=False):
         losses = []
         for document in batch.examples.documents[batch.examples.sides > 0].tolist():
-            ids = torch.from_numpy(source.document(document).astype(np.int64))
-            first = int(source.first_lengths[document])
-            scores = [model(input_ids=own[None]).logits[0, 0] for own in (ids[:first], ids[first:])]
+            scores = [
+                model(input_ids=torch.tensor([ids])).logits[0, 0]
+                for ids in answered(source, document)
+            ]
             advance = scores[0] - scores[1] - float(source.margins[document])
             losses.append(
                 -torch.log(torch.sigmoid(advance)) + config.stage["centering"] * sum(scores) ** 2
@@ -227,12 +237,8 @@ def held_out_sequences(values: dict[str, Any]) -> list[list[list[int]]]:
     """Return the chosen and the rejected sequences of the held-out pairs."""
     config = load_config(values)
     [source] = open_store(config.data, str(config.model.path)).sources.values()
-    sides: list[list[list[int]]] = [[], []]
-    for document in source.document_ids(held_out=True):
-        ids, first = source.document(document).tolist(), int(source.first_lengths[document])
-        sides[0].append(ids[:first])
-        sides[1].append(ids[first:])
-    return sides
+    pairs = [answered(source, document) for document in source.document_ids(held_out=True)]
+    return [[pair[side] for pair in pairs] for side in (0, 1)]
 
 
 @pytest.mark.parametrize("run", [("full", "zero3"), ("lora", "zero2")], ids="_".join)
@@ -287,6 +293,18 @@ def test_evaluation_records_distribution_calibration_and_pairs(trained: Path) ->
     last = records(run_dir, "train")[-1]
     assert last["margin"] == pytest.approx(last["chosen_reward"] - last["rejected_reward"])
     assert 0.5 < last["accuracy"] <= 1
+
+
+def test_answers_are_scored_at_their_end() -> None:
+    """Some templates write a line break behind the end token, which no model does."""
+    pieces = [np.arange(1, 7), np.arange(1, 5), np.arange(1, 4)]
+    weights = [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0]]
+    examples = [Example((0, 0), 1, 5, 0.0), Example((0, 0), -1, 5, 0.0), Example((1, 0), 1, 6, 0.0)]
+    factors = [np.array(own, np.float32) for own in weights]
+    rows = [Row(pieces[:2], 0, 0, factors[:2], examples[:2]),
+            Row(pieces[2:], 1, 0, factors[2:], examples[2:])]  # fmt: skip
+    batch = collate(rows, length=16, pad_token_id=0, isolate=True)
+    assert answer_ends(batch).tolist() == [3, 9, 1]
 
 
 def test_lone_answers_are_refused(
