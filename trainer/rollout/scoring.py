@@ -24,6 +24,8 @@ from trainer.models.context import context_length
 from trainer.models.scalar_model import reward_statistics
 from trainer.rollout.answer_rows import Layout, Sample
 from trainer.rollout.collection import Collector, Rollout
+from trainer.rollout.generate import Response
+from trainer.rollout.prompts import Prompt
 from trainer.rollout.rewards import ModelReward, Reward, describe
 
 
@@ -98,18 +100,7 @@ class Judge:
         pairs = zip(rollout.prompts, rollout.responses, texts, strict=True)
         samples = []
         for prompt, response, text in pairs:
-            if self.tokenizer is None:
-                closing = self.closing if response.stopped else []
-                sample = Sample(prompt.ids, [*response.ids, *closing])
-            else:
-                answer = {"role": "assistant", "content": text}
-                ids = self.tokenizer.apply_chat_template(
-                    [*prompt.chat["messages"], answer],
-                    tools=prompt.chat["tools"],
-                    return_dict=False,
-                )
-                ids = [*ids, *self.closing]
-                sample = Sample(ids[:-1], ids[-1:])
+            sample = self._read(prompt, response, text)
             if self.num_positions is not None and len(sample) > self.num_positions:
                 raise DataError(
                     f"stage.rewards.{self.reward.name}: a response takes {len(sample)} tokens with "
@@ -118,6 +109,21 @@ class Judge:
                 )
             samples.append(sample)
         return samples
+
+    def _read(self, prompt: Prompt, response: Response, text: str) -> Sample:
+        if self.tokenizer is None:
+            closing = self.closing if response.stopped else []
+            if self.num_positions is not None:  # a response may end at the very last position
+                room = self.num_positions - len(prompt.ids) - len(response.ids)
+                closing = closing[: max(0, room)]
+            return Sample(prompt.ids, [*response.ids, *closing])
+        ids = self.tokenizer.apply_chat_template(
+            [*prompt.chat["messages"], {"role": "assistant", "content": text}],
+            tools=prompt.chat["tools"],
+            return_dict=False,
+        )
+        ids = [*ids, *self.closing]
+        return Sample(ids[:-1], ids[-1:])
 
 
 def _refuse_other(reward: ModelReward, own: Any, tokenizer: Any, tokenizer_path: str) -> None:
