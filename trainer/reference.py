@@ -28,7 +28,7 @@ from trainer.stage import Context
 
 LOG = logging.getLogger(__name__)
 
-# auto: adapter_off for a new adapter, else cached
+# auto: adapter_off where adapters are trained, else cached
 ReferenceKind = Literal["auto", "cached", "adapter_off", "streaming"]
 
 
@@ -70,7 +70,7 @@ class ComputedReference:
     """Asks the frozen model at every step.
 
     Args:
-        engine: whose module has ``reference_logps``.
+        engine: around a ``PreferencePolicy`` that has a reference.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -79,8 +79,9 @@ class ComputedReference:
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
         """Return each example's log-probability. -> [n] nats"""
-        module: Any = self._engine.module
-        return sum_over_sequences(batch, module.reference_logps, self._engine.device).sums
+        return sum_over_sequences(
+            batch, logps_of(self._engine, "reference"), self._engine.device
+        ).sums
 
 
 def choose_reference(asked: ReferenceKind, peft: PeftConfig) -> ReferenceKind:
@@ -94,8 +95,6 @@ def why_not_adapter_off(peft: PeftConfig) -> str | None:
     """Return why switching the adapter off would not give the model that training starts from."""
     if peft.mode not in ("lora", "qlora"):
         return f"peft.mode={peft.mode} trains no adapter"
-    if peft.adapter is not None:
-        return f"peft.adapter={peft.adapter} is part of the model that training starts from"
     if peft.train_embeddings:
         return "peft.train_embeddings=true changes what is beneath the adapter"
     return None
@@ -147,7 +146,7 @@ def open_caches(
             computed.append(name)
         else:
             with torch.no_grad():
-                cache.check(_policy_logps(engine), engine.device, engine.precision)
+                cache.check(logps_of(engine, "actor"), engine.device, engine.precision)
         tables.append(cache.open())
     figures = {"computed": computed, "seconds": round(time.monotonic() - began, 3)}
     return CachedReference(tables, engine.device), figures
@@ -157,12 +156,13 @@ def open_caches(
 def _compute(cache: ReferenceCache, engine: Engine, context: Context) -> None:
     LOG.info("computing reference log-probabilities into %s", cache.folder)
     engine.module.eval()
-    cache.compute(_policy_logps(engine), engine.device, context.rank, context.world_size)
+    cache.compute(logps_of(engine, "actor"), engine.device, context.rank, context.world_size)
     engine.module.train()
 
 
-def _policy_logps(engine: Engine) -> TokenLogps:
-    return lambda **inputs: engine(**inputs, output="logps")
+def logps_of(engine: Engine, part: Literal["actor", "reference"]) -> TokenLogps:
+    """Return the function that gives the log-probability of each target under a part."""
+    return lambda **inputs: engine(part=part, output="logps", **inputs)
 
 
 def _identify(config: RunConfig, store: TokenStore, precision: str) -> dict[str, Any]:

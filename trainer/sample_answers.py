@@ -12,7 +12,6 @@ from trainer.config import RunConfig
 from trainer.data.chats.chat import prompt_ids, stop_token_ids
 from trainer.data.chats.conversation import Message
 from trainer.data.prepared.store import SourceStore, TokenStore
-from trainer.engine.engine import Engine
 from trainer.metrics.sinks import Sinks
 
 HELD_OUT_SAMPLES = 2  # questions taken from each source when no prompts are given
@@ -21,7 +20,8 @@ HELD_OUT_SAMPLES = 2  # questions taken from each source when no prompts are giv
 def write_answers(
     sinks: Sinks,
     step: int,
-    engine: Engine,
+    model: Any,
+    device: torch.device,
     tokenizer: Any,
     questions: Iterator[tuple[str, list[int]]],
     max_new_tokens: int,
@@ -31,17 +31,17 @@ def write_answers(
     Args:
         sinks: where they go.
         step: the step they are of.
-        engine: around a ``LanguageModel``.
+        model: a ``LanguageModel`` in its engine.
+        device: the engine's.
         tokenizer: with the chat template of the run.
         questions: what is shown and what the model is given, from ``choose_questions``.
         max_new_tokens: of each answer; 0 gives none.
     """
     if not max_new_tokens:
         return
-    model: Any = engine.module
     stop_ids = stop_token_ids(tokenizer)
     for shown, ids in questions:
-        prompt = torch.tensor([ids], device=engine.device)
+        prompt = torch.tensor([ids], device=device)
         out = model.continue_text(prompt, max_new_tokens, stop_ids)
         answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         sinks.sample(step, f"{shown.rstrip()}\n", answer)

@@ -100,7 +100,9 @@ class Objective:
         else:
             margins = (rewards - self.hyperparameters["beta"] * baseline) * answers.sides
             figures["baseline"] = baseline * len(margins), torch.tensor(len(margins))
-        figures["accuracy"] = (margins > 0).sum(), torch.tensor(len(margins))
+        # Before the first step policy and reference are the same: chance, not always wrong.
+        num_right = (margins > 0).sum() + 0.5 * (margins == 0).sum()
+        figures["accuracy"] = num_right, torch.tensor(len(margins))
         return figures
 
 

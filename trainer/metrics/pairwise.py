@@ -15,11 +15,11 @@ NUM_HISTOGRAM_BINS = 30
 Scores = NDArray[np.float64]
 
 
-def wilson_interval(num_right: int, num: int) -> tuple[float, float]:
+def wilson_interval(num_right: float, num: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927).
 
     Args:
-        num_right: successes.
+        num_right: successes; a tie may count half.
         num: trials, one or more.
     """
     share, z2 = num_right / num, Z_95**2

@@ -25,13 +25,14 @@ from trainer.losses.objective import Answers, Objective
 from trainer.losses.preference import LOSSES, kl_baseline
 from trainer.metrics.pairwise import count_scores, describe_pairs, wilson_interval
 from trainer.metrics.sinks import Sinks
-from trainer.policy import build_policy
+from trainer.policy import build_preference_policy
 from trainer.preference_data import check_labels, refuse_lone_answers
 from trainer.reference import (
     ComputedReference,
     Reference,
     ReferenceKind,
     choose_reference,
+    logps_of,
     open_caches,
     why_not_adapter_off,
 )
@@ -123,8 +124,12 @@ class Dpo(StoreStage):
         return tokenizer
 
     def build(self, context: Context) -> tuple[Engine, dict[str, Any]]:
-        """Return the engine around the policy, with a frozen copy where it is asked for."""
-        return build_policy(context, self.tokenizer)
+        """Return the engine around the policy, and its reference unless that is cached."""
+        self._kind = None
+        if LOSSES[self.objective["name"]].uses_reference:
+            self._kind = choose_reference(self.reference, context.config.peft)
+        streaming = self._kind in ("adapter_off", "streaming")
+        return build_preference_policy(context, self.tokenizer, streaming)
 
     def setup(self, context: Context, sinks_step: int) -> Sinks:
         """Set up data and model; compute what the reference says, unless it is known."""
@@ -140,18 +145,16 @@ class Dpo(StoreStage):
         )
         self._baseline = torch.zeros((), device=device)
         self._reference: Reference | None = None
-        if self._objective.kind.uses_reference:
-            kind = choose_reference(self.reference, self.config.peft)
-            figures: dict[str, Any] = {}
-            if kind == "cached":
+        figures: dict[str, Any] = {}
+        if self._kind == "cached":
+            with self.meters.pause():
                 is_unpaired = not self._objective.kind.is_paired
-                with self.meters.pause():
-                    self._reference, figures = open_caches(
-                        context, self.store, self.policy, is_unpaired
-                    )
-            else:
-                self._reference = ComputedReference(self.policy)
-            sinks.event(sinks_step, "reference", kind=kind, **figures)
+                found = open_caches(context, self.store, self.policy, is_unpaired)
+                self._reference, figures = found
+        elif self._kind:
+            self._reference = ComputedReference(self.policy)
+        if self._kind:
+            sinks.event(sinks_step, "reference", kind=self._kind, **figures)
         return sinks
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
@@ -188,9 +191,7 @@ class Dpo(StoreStage):
     def _weigh(self, batch: Batch) -> Answers:
         """Return what policy and reference say of the answers of a batch."""
         assert batch.examples is not None
-        logps = sum_over_sequences(
-            batch, lambda **inputs: self.policy(**inputs, output="logps"), self.policy.device
-        )
+        logps = sum_over_sequences(batch, logps_of(self.policy, "actor"), self.policy.device)
         reference = torch.zeros_like(logps.sums)
         if self._reference is not None:
             reference = self._reference.logps(batch)
@@ -212,7 +213,11 @@ class Dpo(StoreStage):
         shares = {"fill_share": self.loader.fill_shares()} if self.config.data.packing else {}
         sinks.event(step, "mixture", epochs=self.loader.epochs(), **shares)
         questions = choose_questions(self.config, self.tokenizer, self.store, self.sample_prompts)
-        write_answers(sinks, step, self.policy, self.tokenizer, questions, self.sample_tokens)
+        policy: Any = self.policy.module
+        write_answers(
+            sinks, step, policy.actor, self.policy.device, self.tokenizer, questions,
+            self.sample_tokens,
+        )  # fmt: skip
         return True
 
     @torch.no_grad()
@@ -254,11 +259,11 @@ class Dpo(StoreStage):
         figures |= {name: float(total / count) for name, (total, count) in sums.items()}
         rewards, is_chosen = self._objective.rewards(answers).cpu().numpy(), answers.sides > 0
         by_side = {"chosen": rewards[is_chosen.cpu()], "rejected": rewards[~is_chosen.cpu()]}
+        low, high = wilson_interval(figures["accuracy"] * len(losses), len(losses))
+        figures |= {"accuracy_low": low, "accuracy_high": high}
         if self._objective.kind.is_paired:
-            return figures | describe_pairs(by_side["chosen"], by_side["rejected"]), by_side
-        num_right = round(figures["accuracy"] * len(losses))
-        low, high = wilson_interval(num_right, len(losses))
-        return figures | {"accuracy_low": low, "accuracy_high": high}, by_side
+            figures = describe_pairs(by_side["chosen"], by_side["rejected"]) | figures
+        return figures, by_side
 
 
 def check_objective(objective: dict[str, Any]) -> list[str]:

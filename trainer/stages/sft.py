@@ -78,4 +78,6 @@ class Sft(NextTokenStage):
     def write_samples(self, sinks: Sinks, step: int) -> None:
         """Record the model's answers, greedily decoded."""
         questions = choose_questions(self.config, self.tokenizer, self.store, self.sample_prompts)
-        write_answers(sinks, step, self.policy, self.tokenizer, questions, self.sample_tokens)
+        write_answers(
+            sinks, step, self.policy.module, self.tokenizer, questions, self.sample_tokens
+        )
