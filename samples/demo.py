@@ -1,9 +1,9 @@
 """The main job on two CPU ranks and the texts of this folder; ``make demo`` runs it.
 
 A tokenizer and a small LLaMA from scratch on English, the vocabulary extended with Chinese,
-continued pretraining with English replay, fine-tuning on conversations, an export that plain
-transformers loads, and tables of what each step did. DEMO_DIR (default runs/demo) keeps everything;
-a second call resumes.
+continued pretraining with English replay, fine-tuning on conversations, a reward model of which
+answers are preferred, DPO and PPO from there, exports that plain transformers loads, and tables of
+what each step did. DEMO_DIR (default runs/demo) keeps everything; a second call resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,37 @@ TUNING = [
     "optim.lr=3e-3",
     "loop.log_every=20",
     "loop.save_every=100",
+    # Conversations of which some are courteous: what preferences make more of.
+    "+data.sources.manners.paths=[samples/manners_zh_tw.jsonl]",
+    "+data.sources.manners.schema=messages",
+    "+data.sources.manners.holdout_share=0.03",
 ]
+PREFERENCES = [
+    *COMMON,
+    "data=preference_samples",
+    "loop.global_batch_tokens=4096",
+    "loop.log_every=5",
+    "model=folder",
+]
+PPO = [
+    "engine=zero2",
+    "cluster.gpus_per_node=2",
+    "stage=ppo",
+    "data=prompt_samples",
+    "data.max_length=64",
+    "loop.micro_batch_size=16",
+    "loop.max_steps=40",
+    "loop.log_every=5",
+    "loop.eval_every=20",
+    "optim.lr=3e-4",
+    "stage.sampling.max_new_tokens=48",
+    "stage.kl.coef=0.05",
+    "stage.update.epochs=2",
+    "stage.update.num_minibatches=2",
+    "stage.critic_lr_ratio=3",
+    "model=folder",
+]
+REPORTED = ("continued", "tuned", "reward", "dpo", "ppo")
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # the chat template's, new pieces of the vocabulary
 # As the messages of a conversation, user first; a text before | is the system prompt.
 SHOWN = [
@@ -87,18 +117,35 @@ def main() -> None:
     kuroshio("run", *tuned)
     export(out / "tuned", out / "chat_model")
     kuroshio("report", str(out / "tuned"))
+    tune_by_preferences(out, store)
     show_table(out)
     print(f"\n春天 → {generate(out / 'model', '春天')}")
     print(f"The → {generate(out / 'model', 'The')}")
     show_answers(out)
+    show_preferences(out)
     for name, path in (
-        ("reports", f"{out}/continued/report.html {out}/tuned/report.html"),
+        ("reports", " ".join(f"{out}/{run}/report.html" for run in REPORTED)),
         ("audit", out / "vocab/audit.html"),
-        ("model", out / "chat_model"),
-        ("talk", f"kuroshio chat {out}/chat_model"),
+        ("model", out / "ppo_model"),
+        ("talk", f"kuroshio chat {out}/ppo_model"),
     ):
         print(f"{name:8} {path}")
     print(f"total    {time.time() - start:.0f} s")
+
+
+def tune_by_preferences(out: Path, store: str) -> None:
+    """Train a reward model, and the fine-tuned model by DPO and by PPO."""
+    start = f"model.path={out}/chat_model"
+    pairs = [*PREFERENCES, store, start]
+    kuroshio("run", "stage=reward", *pairs, "optim.lr=1e-3", f"run_dir={out}/reward")
+    export(out / "reward", out / "reward_model")
+    kuroshio("run", "stage=dpo", *pairs, "loop.epochs=2", "optim.lr=3e-4", f"run_dir={out}/dpo")
+    export(out / "dpo", out / "dpo_model")
+    judge = f"+stage.rewards.manners={{kind: model, path: {out}/reward_model}}"
+    kuroshio("run", *PPO, store, start, judge, f"run_dir={out}/ppo")
+    export(out / "ppo", out / "ppo_model")
+    for run in ("reward", "dpo", "ppo"):
+        kuroshio("report", str(out / run))
 
 
 def kuroshio(*words: str) -> None:
@@ -173,6 +220,30 @@ def show_answers(out: Path) -> None:
     scores = [f"{count_right(model, rows)} of {len(rows)}" for model in (before, after)]
     print(f"\nheld-out questions answered right, by rule: {' → '.join(scores)}")
     print(f"\nthe last conversation as the model reads it:\n{as_prompt(after, chats[-1])}")
+
+
+def show_preferences(out: Path) -> None:
+    """Print what DPO and PPO made of the fine-tuned model, on held-out questions."""
+    from compare import compare
+    from rich.console import Console
+    from rich.table import Table
+
+    models = {"SFT": "chat_model", "DPO": "dpo_model", "PPO": "ppo_model"}
+    folders = {name: out / folder for name, folder in models.items()}
+    figures = compare(folders, out / "reward_model")
+    number = len(figures[0]["answers"])
+    table = Table(title=f"{number} held-out questions, one answer drawn to each")
+    for column in ("", "reward model's score", "wins against SFT by it, %", "by the rule, %"):
+        table.add_column(column)
+    for column in ("courteous, %", "right, %", "KL to SFT, nats an answer", "tokens"):
+        table.add_column(column)
+    for row in figures:
+        shares = [f"{row[k]:.1f}" for k in ("wins_by_score", "wins_by_rule", "courteous", "right")]
+        lengths = [f"{row[key]:.2f}" for key in ("kl_per_answer", "num_tokens")]
+        table.add_row(row["model"], f"{row['score']:.2f}", *shares, *lengths)
+    Console(width=110).print("\n", table)
+    for row in figures:
+        print(f"{row['model']}: {'  '.join(row['answers'][:4])}")
 
 
 def as_messages(turns: list[str]) -> Chat:

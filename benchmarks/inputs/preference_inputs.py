@@ -187,6 +187,20 @@ def write_inputs(
     }
 
 
+def write_reward_model(folder: Path) -> str:
+    """Write a one-label classifier with the model's backbone beside it; return its folder."""
+    from transformers import AutoModelForSequenceClassification
+
+    model, out = folder / "model", folder / "reward_model"
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    classifier.save_pretrained(out)
+    for path in model.glob("*token*"):
+        (out / path.name).write_bytes(path.read_bytes())
+    for path in model.glob("chat_template*"):
+        (out / path.name).write_bytes(path.read_bytes())
+    return str(out)
+
+
 def as_sharegpt(pair: Pair) -> dict[str, Any]:
     """Return a pair as a ShareGPT record with two answers."""
     speakers = itertools.cycle(["human", "gpt"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from benchmarks.inputs.trainer_turns import TurnCallback, training_arguments
 from benchmarks.inputs.turns import Turns
 
 LORA_RANK = 8
+# What makes accelerate wrap the model for several ranks; there is one.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main() -> None:
     """Train with one peer until the parent has seen enough."""
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
     case: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {
@@ -75,6 +80,7 @@ def run_llama_factory(case: dict[str, Any], shared: dict[str, Any], callback: Tu
         "dataset": "pairs",
         "dataset_dir": str(Path(case["pairs"]).parent),
         "cutoff_len": CUTOFF,
+        "disable_gradient_checkpointing": True,  # the others do not recompute either
         "overwrite_cache": True,
         "plot_loss": False,
         **shared,
@@ -98,6 +104,7 @@ def run_trl_dpo(case: dict[str, Any], shared: dict[str, Any], callback: TurnCall
             **shared,
             max_length=None,
             max_prompt_length=None,
+            gradient_checkpointing=False,
             precompute_ref_log_probs=case["way"] == "precomputed",
             precompute_ref_batch_size=case["micro_batch_size"],
         ),
@@ -126,7 +133,7 @@ def run_trl_reward(case: dict[str, Any], shared: dict[str, Any], callback: TurnC
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(case["model"], num_labels=1),
-        args=RewardConfig(**shared, max_length=CUTOFF),
+        args=RewardConfig(**shared, max_length=CUTOFF, gradient_checkpointing=False),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[callback],
