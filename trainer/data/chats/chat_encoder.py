@@ -22,6 +22,7 @@ from trainer.data.reading.rows import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+    from typing_extensions import Self
 
 TrainOn = Literal["assistant", "last", "everything"]
 
@@ -60,7 +61,7 @@ class ChatSpec:
     max_length: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, template: str, **options: Any) -> ChatSpec:
+    def of(cls, tokenizer: PreTrainedTokenizerFast, template: str, **options: Any) -> Self:
         """Describe a loaded tokenizer with ``template``, the Jinja text."""
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         return cls(EncoderSpec.of(tokenizer), template, special, **options)
@@ -295,6 +296,4 @@ class ChatEncoder:
                 if is_end(ids[i]):
                     return i + 1
         opens = end < len(ids) and ids[end] in self.control_ids
-        if opens and ids[end] != self._spec.encoder.bos_token_id:
-            return end + 1
-        return None
+        return end + 1 if opens and ids[end] != self._spec.encoder.bos_token_id else None

@@ -68,7 +68,7 @@ class PairEncoder(ChatEncoder):
 
         Raises:
             TooLongError: the last turn with both answers does not fit.
-            RowError: the template refuses them, or the sides do not begin with the same tokens or
+            RowError: the template refuses them, or the sides do not begin with the same token or
                 say the same.
         """
         prompt = self._with_system(preference.prompt)
@@ -108,21 +108,23 @@ class PairEncoder(ChatEncoder):
 
 
 def _align(sides: list[EncodedChat]) -> list[EncodedChat]:
-    """Return two sides whose answers begin at the same token.
+    """Return two sides whose answers begin after the tokens that both have in common.
 
-    A token may reach from the prompt into one of the answers; on the other side the prompt's end
-    then counts as part of the answer.
+    A token may reach from the prompt into one of the answers, or end the prompt otherwise because
+    of it; what the sides then do not share of the prompt counts as part of their answers.
     """
-    starts = [_first_target(side.weights) for side in sides]
-    start = min(starts)
     one, other = (side.input_ids for side in sides)
-    if not np.array_equal(one[:start], other[:start]):
-        raise RowError("the tokens of chosen and rejected differ before the answers begin")
     if np.array_equal(one, other):
         raise EqualAnswersError("the chosen and the rejected answer are equal in tokens")
+    firsts = [_first_target(side.weights) for side in sides]
+    size = min(*firsts, len(one), len(other))
+    differing = np.flatnonzero(one[:size] != other[:size])
+    start = int(differing[0]) if len(differing) else size
+    if start == 0:
+        raise RowError("chosen and rejected have no token in common that their answers follow")
     return [
         side if first == start else replace(side, weights=_learn(side.weights, start, first))
-        for side, first in zip(sides, starts, strict=True)
+        for side, first in zip(sides, firsts, strict=True)
     ]
 
 
