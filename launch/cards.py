@@ -10,6 +10,8 @@ from trainer.config import PeftConfig, RunConfig
 if TYPE_CHECKING:
     from trainer.engine.committed import Checkpoint
 
+CLASSES = {"reward": "AutoModelForSequenceClassification"}  # by stage; others are language models
+
 
 def write_card(
     config: RunConfig, run_dir: Path, checkpoint: Checkpoint, folder: Path, facts: dict[str, Any]
@@ -49,6 +51,7 @@ def write_card(
         base=published or folder_name(config.model.path),
         tuning=describe_tuning(config.peft, run_adapter(run_dir)),
         template=config.data.template if config.data.content == "conversations" else None,
+        auto_class=CLASSES.get(str(config.stage["name"]), "AutoModelForCausalLM"),
         first=evaluations[0] if evaluations else None,
         last=evaluations[-1] if evaluations else None,
     )
