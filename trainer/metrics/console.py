@@ -40,6 +40,7 @@ def describe_step(metrics: Mapping[str, float]) -> str:
     shows = {
         "epoch": lambda v: f"epoch {v:.2f}",
         "loss": lambda v: f"loss {v:.4f}",
+        "accuracy": lambda v: f"accuracy {v:.1%}",
         "lr": lambda v: f"lr {v:.2e}",
         "grad_norm": lambda v: f"grad {v:.2f}",
         "tokens_per_s": lambda v: f"{show_count(v)} tok/s",

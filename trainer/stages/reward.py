@@ -84,8 +84,9 @@ class Reward(StoreStage):
         return tokenizer
 
     def build(self, context: Context) -> tuple[Engine, dict[str, Any]]:
-        """Return the engine around a model with one output, and its transformers config."""
-        return build_scalar(context, self.tokenizer)
+        """Return the engine around a model with one output, and what its work is counted by."""
+        engine, model_config = build_scalar(context, self.tokenizer)
+        return engine, model_config | {"vocab_size": 1}  # the rows of its head
 
     def batches(self, state: dict[str, Any] | None) -> Any:
         """Yield this rank's micro-batches from where ``state`` left off."""
