@@ -2,8 +2,8 @@
 
 ``python scenarios.py FILE``: FILE holds a JSON list of {"config": …, "explode": bool, "kill_at":
 step}. ``explode`` feeds every packed row as padded rows of its pieces; ``kill_at`` ends this very
-process with SIGKILL in the middle of that step on the last rank; ``rollout`` answers prompts before
-every step.
+process with SIGKILL in the middle of that step on the last rank, ``kill_in`` says in which function
+of PPO; ``rollout`` answers prompts before every step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import torch
 
 from launch.__main__ import leave
 from launch.agreement import part
-from trainer.config import load_config
+from trainer.config import build, load_config
 from trainer.data.batches.collate import Batch, Example, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.metrics.sinks import Sinks
+from trainer.rollout import collection
 from trainer.rollout.generate import generate, rollout_model
 from trainer.rollout.sampling import Sampling, draw_uniforms
 from trainer.signals import StopRequest
@@ -102,9 +104,27 @@ class Twisted(StoreStage):
             os.kill(os.getpid(), signal.SIGUSR1)
         if self.twist.get("rollout"):
             self.rollout(step)
+        last = self.context.rank == self.context.world_size - 1
+        if step == self.twist.get("kill_at") and "kill_in" in self.twist and last:
+            self.die_in(self.twist["kill_in"])
         count = super().train_step(step, batches)
         self._step = -1
         return count
+
+    def die_in(self, function: str) -> None:
+        """Make this step of PPO end with SIGKILL: in its rollout, or after a part of its update."""
+        calls = 0
+
+        def call_or_die(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            result = call(*args, **kwargs)
+            if calls == (3 if function == "backward" else 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        place = self.policy if function == "backward" else collection
+        setattr(place, function, partial(call_or_die, getattr(place, function)))
 
     def rollout(self, step: int) -> None:
         """Answer prompts, more of them on rank 0; then leave a second rollout by an error."""
@@ -179,7 +199,9 @@ def main(path: str) -> None:
         config = load_config(scenario["config"])
         fields = {key: value for key, value in config.stage.items() if key != "name"}
         # A dataclass made the stage's own __init__; the twist stands before it.
-        stage = type("Scenario", (Twisted, stage_class(config.stage["name"])), {})(**fields)
+        twisted = type("Scenario", (Twisted, stage_class(config.stage["name"])), {})
+        stage = build(twisted, fields, "stage", problems := [])
+        assert not problems, problems
         stage.twist = scenario
         config, _ = stage.settle(config)
         run_dir = Path(config.run_dir)

@@ -136,7 +136,7 @@ def lay_out(
 def _row(number: int, samples: Sequence[Sample]) -> Row:
     pieces = [np.array([*sample.prompt, *sample.response]) for sample in samples]
     weights = [
-        np.repeat(np.float32([0, 1]), (len(sample.prompt), len(sample.response)))
+        np.repeat(np.array([0, 1], np.float32), (len(sample.prompt), len(sample.response)))
         for sample in samples
     ]
     return Row(pieces, number, 0, weights)

@@ -6,6 +6,8 @@ Work is dealt to the ranks, results are summed into zeros: every rank ends with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +18,50 @@ from trainer.models.language_model import LanguageModel
 from trainer.rollout.answer_rows import AnswerBatch, Layout, Sample, deal
 from trainer.rollout.experience import Figures
 from trainer.rollout.generate import Response, generate, rollout_model
+from trainer.rollout.prompts import Prompt
 from trainer.rollout.sampling import Sampling, draw_uniforms
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was written in a step, over all ranks.
+
+    Attributes:
+        prompts: one for each response.
+        responses: a prompt's one after the other.
+    """
+
+    prompts: list[Prompt]
+    responses: list[Response]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Prompts with their responses, as token ids."""
+        pairs = zip(self.prompts, self.responses, strict=True)
+        return [Sample(prompt.ids, response.ids) for prompt, response in pairs]
+
+    @property
+    def stopped(self) -> Tensor:
+        """Whether each response ended by itself: ``[samples]`` bool."""
+        return torch.tensor([response.stopped for response in self.responses])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and responses."""
+        return sum(map(len, self.samples))
 
 
 def roll_out(
     engine: Engine,
     actor: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     stop_ids: Sequence[int],
     *,
     group_size: int,
     key: tuple[int, int],
-) -> list[Response]:
-    """Return responses to all prompts, ``group_size`` to each, one prompt's after the other.
+) -> Rollout:
+    """Return responses to all prompts, ``group_size`` to each.
 
     Args:
         engine: the run's.
@@ -42,21 +74,17 @@ def roll_out(
     """
     # By length, in turn: every rank has long prompts and short ones. A group stays together, since
     # its prompt is read once.
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    mine = [
-        n for number in order[engine.rank :: engine.world_size] for n in _group(number, group_size)
-    ]
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
+    dealt = order[engine.rank :: engine.world_size]
+    mine = [number * group_size + nth for number in dealt for nth in range(group_size)]
+    asked = [prompt for prompt in prompts for _ in range(group_size)]
     found: list[Response] = []
     with rollout_model(engine, actor) as model:
         if mine:
             uniforms = draw_uniforms(*key, mine, sampling.max_new_tokens)
-            asked = [prompts[number // group_size] for number in mine]
-            found = generate(model, asked, sampling, stop_ids, uniforms)
-    return _share(dict(zip(mine, found, strict=True)), len(prompts) * group_size, sampling)
-
-
-def _group(number: int, size: int) -> range:
-    return range(number * size, (number + 1) * size)
+            own = [asked[number].ids for number in mine]
+            found = generate(model, own, sampling, stop_ids, uniforms)
+    return Rollout(asked, _share(dict(zip(mine, found, strict=True)), len(asked), sampling))
 
 
 def _share(own: dict[int, Response], num_samples: int, sampling: Sampling) -> list[Response]:
@@ -84,6 +112,7 @@ class Collector:
         self._starts = (self.lengths.cumsum(0) - self.lengths).tolist()
         self._batches = list(deal(samples, range(len(samples)), layout))
 
+    @torch.no_grad()
     def figures(self, temperature: float, *, with_critic: bool) -> Figures:
         """Return what actor, reference and critic say of every response token."""
         num = int(self.lengths.sum())
@@ -94,13 +123,15 @@ class Collector:
             )
             self._keep(own, batch, places, {0: logps, 1: entropies})
         for batch, places in self._placed():
-            logps, _ = run_policy(self.engine, "reference", batch, temperature)
+            logps = run_policy(self.engine, "reference", batch, temperature)
             self._keep(own, batch, places, {2: logps})
         for batch, places in self._placed() if with_critic else ():
-            self._keep(own, batch, places, {3: run_critic(self.engine, batch)})
+            values = run_scalar(self.engine, "critic", batch, batch.before)
+            self._keep(own, batch, places, {3: values})
         old, entropies, reference, values = sum_tensor(own).float()
         return Figures(self.lengths, old, reference, values if with_critic else None, entropies)
 
+    @torch.no_grad()
     def scores(self, part: str) -> Tensor:
         """Return a reward model's scores of all samples, by token ids: ``[samples]`` float64."""
         own = torch.zeros(len(self.samples), dtype=torch.float64)
@@ -125,34 +156,63 @@ class Collector:
             own[row, places] = values.double().cpu()
 
 
+class Outputs(NamedTuple):
+    """What the trained parts say of a batch's n targets, with gradients.
+
+    Attributes:
+        logps: ``[n]`` fp32 log-probabilities.
+        entropies: ``[n]``; None where not asked for.
+        values: ``[n]`` fp32 before each target; None without a critic.
+    """
+
+    logps: Tensor
+    entropies: Tensor | None
+    values: Tensor | None
+
+
+def run_update(
+    engine: Engine, batch: AnswerBatch, temperature: float, *, with_entropy: bool, with_critic: bool
+) -> Outputs:
+    """Return what actor and critic say of a batch, in one forward of the engine."""
+    inputs = _policy_inputs(engine, batch, temperature, with_entropy)
+    if with_critic:
+        selected = batch.before.to(engine.device)
+        found, values = engine(part="both", selected=selected, **inputs)
+    else:
+        found, values = engine(part="actor", **inputs), None
+    logps, entropies = found if with_entropy else (found, None)
+    return Outputs(logps, entropies, values)
+
+
 def run_policy(
     engine: Engine, part: str, batch: AnswerBatch, temperature: float, *, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and entropies of a batch's n targets: fp32 ``[n]``, ``[n]``.
+) -> Any:
+    """Return what ``actor`` or ``reference`` says of a batch's n targets.
 
     Args:
         engine: the run's.
-        part: ``actor`` or ``reference``.
+        part: of its module.
         batch: of this rank.
         temperature: of sampling.
-        with_entropy: False leaves the entropies at 0.
+        with_entropy: also return the entropies.
+
+    Returns:
+        fp32 log-probabilities ``[n]``; or these and ``[n]`` entropies.
     """
-    device = engine.device
-    found = engine(
-        part=part,
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
-        labels=batch.labels.to(device),
-        output="logps",
-        temperature=temperature,
-        with_entropy=with_entropy,
-    )
-    return found if with_entropy else (found, torch.zeros_like(found))
+    return engine(part=part, **_policy_inputs(engine, batch, temperature, with_entropy))
 
 
-def run_critic(engine: Engine, batch: AnswerBatch) -> Tensor:
-    """Return the values before each of a batch's n targets: fp32 ``[n]``."""
-    return run_scalar(engine, "critic", batch, batch.before)
+def _policy_inputs(
+    engine: Engine, batch: AnswerBatch, temperature: float, with_entropy: bool
+) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids.to(engine.device),
+        "position_ids": batch.position_ids.to(engine.device),
+        "labels": batch.labels.to(engine.device),
+        "output": "logps",
+        "temperature": temperature,
+        "with_entropy": with_entropy,
+    }
 
 
 def run_scalar(engine: Engine, part: str, batch: AnswerBatch, selected: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from trainer.losses.ppo import kl_k3, policy_loss, value_loss
 from trainer.metrics.bag import MetricBag
 from trainer.numerics import FiniteGuard
 from trainer.rollout.answer_rows import AnswerBatch, Layout, deal
-from trainer.rollout.collection import run_critic, run_policy
+from trainer.rollout.collection import run_update
 from trainer.rollout.experience import Experience
 
 # Largest |log ratio| before the first update: rows are packed otherwise than when the responses
 # were scored, and sums of low precision then differ in their last bits, most for unlikely tokens.
+ACTOR = "actor."  # part of the names of the policy's parameters in the engine
 RATIO_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
 
 
@@ -110,30 +111,40 @@ class Update:
                 yield part.tolist()
 
     def _optimize(self, step: int, lr: float, minibatch: list[int], with_actor: bool) -> None:
-        """Do one optimizer step: actor and critic take turns at each micro-batch."""
+        """Do one optimizer step.
+
+        Actor and critic share each backward: a window in which some backward does not reach a
+        parameter loses gradients under ZeRO-3.
+        """
         num_targets = self.experience.num_targets(minibatch)
-        losses = [self._actor_loss] if with_actor else []
-        losses += [self._critic_loss] if self.experience.returns is not None else []
         batches = list(deal(self.experience.samples, minibatch, self.layout))
-        window = [(batch, loss) for batch in batches for loss in losses]
-        for index, (batch, loss) in enumerate(window, 1):
-            self.engine.announce(is_last=index == len(window))
-            total = loss(batch, self.experience.places(batch.samples)) / num_targets
-            self.engine.backward(total)
+        for index, batch in enumerate(batches, 1):
+            total = self._loss(batch, with_actor) / num_targets
+            is_last = index == len(batches)
+            self.engine.backward(total, is_last)
             self._guard.watch(step, torch.tensor(batch.samples), total.detach())
-            if index == len(window):
+            if is_last:
                 self._check_ratio()
-            self.engine.step(lr)
+            self.engine.step(lr, None if with_actor else ACTOR)
         self._guard.end_step(step, self.engine.grad_norm(), self.engine.overflowed())
 
-    def _actor_loss(self, batch: AnswerBatch, places: Tensor) -> Tensor:
-        """Return the summed loss of the policy over a batch's targets, ``places`` [n] of them."""
-        bonus = self.config.entropy_coef
-        logps, entropies = run_policy(
-            self.engine, "actor", batch, self._temperature, with_entropy=bonus > 0
+    def _loss(self, batch: AnswerBatch, with_actor: bool) -> Tensor:
+        """Return the summed loss over a batch's targets."""
+        found = run_update(
+            self.engine,
+            batch,
+            self._temperature,
+            with_entropy=self.config.entropy_coef > 0,
+            with_critic=self.experience.returns is not None,
         )
         if not batch.samples:
-            return logps.sum() * 0
+            return sum((each.sum() for each in found if each is not None), start=0.0) * 0
+        places = self.experience.places(batch.samples)
+        loss = self._actor_loss(found.logps, found.entropies, places) * with_actor
+        return loss if found.values is None else loss + self._critic_loss(found.values, places)
+
+    def _actor_loss(self, logps: Tensor, entropies: Tensor | None, places: Tensor) -> Tensor:
+        """Return the summed loss of the policy, all [n]; the targets are ``places`` of all."""
         figures = self.experience.figures
         old, reference, advantages = (
             values[places].to(logps.device)
@@ -145,20 +156,17 @@ class Update:
             self._furthest = torch.maximum(self._furthest, furthest)
         if self._loss_kl_coef:
             loss = loss + self._loss_kl_coef * kl_k3(logps, reference).sum()
-        if bonus:
-            loss = loss - bonus * entropies.sum()
+        if entropies is not None:
+            loss = loss - self.config.entropy_coef * entropies.sum()
         self._add(len(places), policy_loss=loss, clip_fraction=num_clipped)
         return loss
 
-    def _critic_loss(self, batch: AnswerBatch, places: Tensor) -> Tensor:
-        """Return the summed loss of the critic over a batch's targets, ``places`` [n] of them."""
-        values = run_critic(self.engine, batch)
-        if not batch.samples:
-            return values.sum() * 0
-        assert self.experience.figures.values is not None and self.experience.returns is not None
+    def _critic_loss(self, values: Tensor, places: Tensor) -> Tensor:
+        """Return the summed loss of the critic, values [n]; the targets are ``places`` of all."""
+        figures = self.experience.figures
+        assert figures.values is not None and self.experience.returns is not None
         old, returns = (
-            figures[places].to(values.device)
-            for figures in (self.experience.figures.values, self.experience.returns)
+            each[places].to(values.device) for each in (figures.values, self.experience.returns)
         )
         loss, num_clipped = value_loss(values, old, returns, self.config.value_clip_range)
         self._add(len(places), value_loss=loss, value_clip_fraction=num_clipped)

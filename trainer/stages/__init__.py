@@ -13,6 +13,7 @@ from trainer.stage import Stage
 
 STAGES: dict[str, str] = {
     "dpo": "trainer.stages.dpo:Dpo",
+    "ppo": "trainer.stages.ppo:Ppo",
     "pretrain": "trainer.stages.pretrain:Pretrain",
     "reward": "trainer.stages.reward:Reward",
     "sft": "trainer.stages.sft:Sft",
