@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,17 +21,12 @@ from trainer.inputs import tokenizer_path
 from trainer.losses.ppo import adapt_kl_coef
 from trainer.metrics.pairwise import count_scores
 from trainer.metrics.sinks import Sinks
-from trainer.models.load import read_architecture
-from trainer.plan.architectures import read_size
 from trainer.policy import build_actor_critic
 from trainer.rollout.answer_rows import Layout
 from trainer.rollout.collection import Collector, Rollout, roll_out
 from trainer.rollout.experience import (
-    Advantage,
     Experience,
-    KlConfig,
     RewardStatistics,
-    ScoreConfig,
     Shaping,
     make_experience,
     shape_scores,
@@ -41,12 +36,11 @@ from trainer.rollout.rewards import (
     ModelReward,
     build_rewards,
     reward_inputs,
-    reward_problems,
 )
-from trainer.rollout.sampling import Sampling
 from trainer.rollout.scoring import Scorer
+from trainer.rollout.settings import PpoSettings
 from trainer.rollout.tally import count_rollout, find_oddities, flat_share, spread, tally
-from trainer.rollout.update import Update, UpdateConfig
+from trainer.rollout.update import Update
 from trainer.signals import StopRequest
 from trainer.stage import Context
 from trainer.store_stage import StoreStage
@@ -57,102 +51,15 @@ EVAL_STEP = -1  # key of the random numbers of evaluations, which all draw the s
 
 
 @dataclass
-class Ppo(StoreStage):
+class Ppo(PpoSettings, StoreStage):
     """Hyperparameters of the stage; the rest are the config's groups."""
 
     name: ClassVar[str] = "ppo"
     content: ClassVar[str] = "prompts"
 
-    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
-    models: Literal["separate", "shared"] = "separate"  # backbones of actor and critic
-    critic: str | None = None  # reward model that the critic starts from; null = the policy
-    critic_lr_ratio: float = 1.0  # the critic's learning rate over the policy's
-    advantage: Advantage = "gae"
-    rollouts_per_step: int = 64  # prompts over all ranks
-    responses_per_prompt: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
-    sampling: Sampling = field(default_factory=Sampling)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    kl: KlConfig = field(default_factory=KlConfig)
-    update: UpdateConfig = field(default_factory=UpdateConfig)
-
     def check(self, config: RunConfig) -> list[str]:
         """Return what is out of range, and what contradicts the model or itself."""
-        problems = super().check(config) + reward_problems(self.rewards)
-        for key in ("sampling", "score", "kl", "update"):
-            problems += [f"stage.{key}.{problem}" for problem in getattr(self, key).problems()]
-        rules = [
-            (self.rollouts_per_step >= 1, "rollouts_per_step", "1 or more"),
-            (self.responses_per_prompt >= 1, "responses_per_prompt", "1 or more"),
-            (0 < self.gamma <= 1, "gamma", "more than 0, at most 1"),
-            (0 <= self.lam <= 1, "lam", "0 to 1"),
-            (self.critic_lr_ratio > 0, "critic_lr_ratio", "more than 0"),
-        ]
-        problems += [
-            f"stage.{key}={getattr(self, key)!r}: expected {expected}"
-            for good, key, expected in rules
-            if not good
-        ]
-        return problems + self._contradictions(config)
-
-    def _contradictions(self, config: RunConfig) -> list[str]:
-        """Return which fields do not go together."""
-        num_samples = self.rollouts_per_step * self.responses_per_prompt
-        has_critic = self.advantage == "gae"
-        longest = config.data.max_length + self.sampling.max_new_tokens
-        rules = [
-            (
-                not self.rewards,
-                "stage.rewards is empty, so that there is nothing to learn; name a reward model or "
-                "a rule, for example '+stage.rewards.length={low: 20, high: 60}'",
-            ),
-            (
-                self.critic is not None and (self.models == "shared" or not has_critic),
-                f"stage.critic={self.critic} is a model for a critic of its own, but stage.models="
-                f"{self.models} and stage.advantage={self.advantage}; leave it out",
-            ),
-            (
-                not has_critic and self.responses_per_prompt < 2,
-                f"stage.advantage={self.advantage} compares the responses to a prompt with each "
-                "other; set stage.responses_per_prompt to 2 or more, or stage.advantage=gae",
-            ),
-            (
-                not self.sampling.temperature,
-                "stage.sampling.temperature=0 is greedy: it tries nothing it could learn from; "
-                "use 1",
-            ),
-            (
-                num_samples < self.update.num_minibatches,
-                f"stage.update.num_minibatches={self.update.num_minibatches} is more than the "
-                f"{num_samples} responses of a step",
-            ),
-            (
-                bool(self.update.critic_warmup_steps) and not has_critic,
-                f"stage.update.critic_warmup_steps needs a critic, but stage.advantage="
-                f"{self.advantage} has none; use 0",
-            ),
-            (
-                self.models == "shared" and config.peft.mode not in ("lora", "qlora"),
-                f"stage.models=shared is one frozen backbone with an adapter each for actor and "
-                f"critic, but peft.mode={config.peft.mode}; use peft=lora or peft=qlora",
-            ),
-            (
-                config.data.packing and not config.data.isolate_documents,
-                "data.isolate_documents=false lets the responses of a row see each other; use "
-                "true, or data.packing=false",
-            ),
-        ]
-        problems = [message for wrong, message in rules if wrong]
-        positions = read_size(read_architecture(config.model), "max_position_embeddings")
-        if positions and longest > positions >= config.data.max_length:
-            problems.append(
-                f"data.max_length={config.data.max_length} (the longest prompt) and "
-                f"stage.sampling.max_new_tokens={self.sampling.max_new_tokens} are {longest} "
-                f"tokens together, more than the model's max_position_embeddings={positions}; "
-                "lower one of the two"
-            )
-        return problems
+        return super().check(config) + self.problems(config)
 
     def rows_per_step(self, config: RunConfig) -> int:
         """Return the prompts of a step over all ranks."""
@@ -170,7 +77,7 @@ class Ppo(StoreStage):
             context,
             self.tokenizer,
             shared=self.models == "shared",
-            with_critic=self.advantage == "gae",
+            with_critic=self.has_critic,
             critic_path=self.critic,
             critic_lr_ratio=self.critic_lr_ratio,
             rewards={reward.name: reward.path for reward in self._models},
@@ -280,7 +187,7 @@ class Ppo(StoreStage):
         """Return rewards and what is paid, both [samples], and the experience made of them."""
         collector = Collector(self.policy, rollout.samples, self._layout)
         rewards = self._rewards(rollout)
-        figures = collector.figures(self.sampling.temperature, with_critic=self.advantage == "gae")
+        figures = collector.figures(self.sampling.temperature, with_critic=self.has_critic)
         self._statistics.update(rewards)
         scores = shape_scores(rewards, rollout.stopped, self._statistics.deviation, self.score)
         experience = make_experience(rollout.samples, scores, figures, self._shaping, self._kl_coef)

@@ -77,3 +77,126 @@ def test_a_step_records_what_it_did(
     assert {"reward", "kl", "response_length", "eos_share"} <= figures.keys()
     _, table = read_records(tmp_path / "run", "table")
     assert {"prompt", "response", "reward"} <= table["rows"][0].keys()
+
+
+def stage_of(**changes: Any) -> dict[str, Any]:
+    """Return the stage's section with some keys changed; ``__`` is a dot."""
+    section = copy.deepcopy(SMALL)
+    for key, value in changes.items():
+        first, _, second = key.partition("__")
+        if second:
+            section.setdefault(first, {})[second] = value  # type: ignore[attr-defined]
+        else:
+            section[key] = value
+    return section
+
+
+def test_update_is_the_same_however_it_is_dealt(
+    vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = vary_ppo(tmp_path / "alone", loop__micro_batch_size=4, loop__max_steps=2)
+    run([{"config": alone}], 1, tmp_path)
+    expected = read_masters(tmp_path / "alone")
+    assert any(name.startswith("critic.") for name in expected)
+    ways = {
+        "zero2": {"data__packing": False, "engine__zero_stage": 2, "loop__micro_batch_size": 2},
+        "zero3": {"engine__zero_stage": 3},
+    }
+    run(
+        [
+            {"config": vary_ppo(tmp_path / name, loop__max_steps=2, **way), "split_everything": 1}
+            for name, way in ways.items()
+        ],
+        2,
+        tmp_path,
+    )
+    for name in ways:
+        assert largest_difference(read_masters(tmp_path / name), expected) < 2e-5, name
+    read = [read_records(tmp_path / name, "train") for name in ("alone", *ways)]
+    for key in ("reward", "kl", "clip_fraction", "policy_loss", "value_loss", "entropy", "kl_coef"):
+        values = [[record[key] for record in records] for records in read]
+        for own in values[1:]:
+            assert own == pytest.approx(values[0], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
+def test_a_killed_run_ends_as_an_unbroken_one(
+    advantage: str, vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    stage = stage_of(advantage=advantage, responses_per_prompt=2, rollouts_per_step=4)
+    if advantage == "gae":
+        stage["update"]["critic_warmup_steps"] = 1
+    change = {"stage": stage, "loop__save_every": 1, "engine__zero_stage": 2}
+
+    def config(name: str) -> dict[str, Any]:
+        values = vary_ppo(tmp_path / name, **{k: v for k, v in change.items() if k != "stage"})
+        return values | {"stage": stage}
+
+    run([{"config": config("unbroken")}], 1, tmp_path)
+    expected = read_masters(tmp_path / "unbroken", 3)
+    for number, way in enumerate(
+        [
+            {"kill_at": 1, "kill_in": "generate"},
+            {"kill_at": 2, "kill_in": "backward"},
+            {"kill_in_save": 2},
+        ]
+    ):
+        values = config(f"killed_{number}")
+        killed = run_scenarios([{"config": values, **way}], 1, tmp_path)
+        assert killed.returncode == -9, killed.stdout
+        run([{"config": values}], 1, tmp_path)
+        found = read_masters(tmp_path / f"killed_{number}", 3)
+        assert largest_difference(found, expected) == 0, way
+        manifests = [
+            json.loads((tmp_path / name / "checkpoints/step_00000003/manifest.json").read_text())
+            for name in ("unbroken", f"killed_{number}")
+        ]
+        assert manifests[0]["state"] == manifests[1]["state"]
+    assert manifests[0]["state"]["reward_statistics"]["count"] == 3 * 8
+    assert manifests[0]["state"]["kl_coef"] != 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "message"),
+    [
+        ({"rewards": {}}, {}, "stage.rewards is empty"),
+        ({"advantage": "grpo"}, {}, "stage.responses_per_prompt to 2 or more"),
+        ({"sampling__temperature": 0.0}, {}, "stage.sampling.temperature=0 is greedy"),
+        ({"sampling__max_new_tokens": 500}, {}, "are 564 tokens together"),
+        ({"update__num_minibatches": 7}, {}, "more than the 6 responses of a step"),
+        ({"models": "shared"}, {}, "peft.mode=full; use peft=lora"),
+        ({"kl__coef": 0.0}, {}, "stage.kl.coef=0 stays 0"),
+        ({"update__clip_range": 0.0}, {}, "stage.update.clip_range=0.0: expected more than 0"),
+        ({"score__clip": -1.0}, {}, "stage.score.clip=-1.0: expected 0 (off) or more"),
+        ({"lam": 2.0}, {}, "stage.lam=2.0: expected 0 to 1"),
+        ({"rewards": {"contain": {}}}, {}, "stage.rewards.contain.kind"),
+        (
+            {"advantage": "rloo", "responses_per_prompt": 2, "update__critic_warmup_steps": 1},
+            {},
+            "needs a critic, but stage.advantage=rloo has none",
+        ),
+        ({}, {"data__isolate_documents": False}, "data.isolate_documents=false"),
+        ({}, {"data__content": "documents"}, "data.content=documents"),
+    ],
+)
+def test_contradictions_are_named(
+    changes: dict[str, Any],
+    section: dict[str, Any],
+    message: str,
+    vary_ppo: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    fields = {key: value for key, value in stage_of(**changes).items() if key != "name"}
+    stage = build(Ppo, fields, "stage", problems := [])
+    assert stage is not None, problems
+    config = load_config(vary_ppo(tmp_path, **section))
+    assert any(message in problem for problem in stage.check(config)), stage.check(config)
+
+
+def test_a_sound_config_has_no_problem(
+    vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    fields = {key: value for key, value in SMALL.items() if key != "name"}
+    stage = build(Ppo, fields, "stage", [])
+    assert stage is not None
+    assert stage.check(load_config(vary_ppo(tmp_path))) == []
