@@ -78,6 +78,5 @@ class Sft(NextTokenStage):
     def write_samples(self, sinks: Sinks, step: int) -> None:
         """Record the model's answers, greedily decoded."""
         questions = choose_questions(self.config, self.tokenizer, self.store, self.sample_prompts)
-        write_answers(
-            sinks, step, self.policy.module, self.tokenizer, questions, self.sample_tokens
-        )
+        model, device = self.policy.module, self.policy.device
+        write_answers(sinks, step, model, device, self.tokenizer, questions, self.sample_tokens)
