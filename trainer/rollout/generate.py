@@ -21,6 +21,7 @@ from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.models.context import context_length
 from trainer.models.language_model import LanguageModel
+from trainer.rollout.cache import make_cache
 from trainer.rollout.sampling import Sampling, choose_tokens
 
 # A batch is cut down once a quarter of its rows has ended: a row costs its attention and, on a CPU,
@@ -177,7 +178,7 @@ class Forward:
 
     def new_cache(self) -> DynamicCache:
         """Return an empty cache, of windows where the model attends to windows."""
-        return DynamicCache(config=self._model.config)
+        return make_cache(self._model.config)
 
     def __call__(
         self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache

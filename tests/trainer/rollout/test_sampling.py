@@ -57,6 +57,26 @@ def test_numbers_at_the_ends_draw_tokens_that_can_be() -> None:
     assert choose_tokens(logits, numbers, Sampling()).tolist() == [1, 2]
 
 
+def test_places_far_into_a_large_vocabulary() -> None:
+    # More than a block, an uneven number of them, most places impossible.
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, [5, 255, 256, 700, 999]] = 0.0
+    numbers = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 1 - 2.0**-32], dtype=torch.float64)
+    drawn = choose_tokens(logits.expand(6, -1), numbers, Sampling())
+    assert drawn.tolist() == [5, 255, 256, 700, 999, 999]
+
+
+def test_only_possible_tokens_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 700, generator=generator) * 8
+    impossible = torch.rand(logits.shape, generator=generator) < 0.9
+    logits[impossible] = -torch.inf
+    numbers = draw_uniforms(0, 0, [0], 2000)[0]
+    numbers[::2] = 1 - 2.0**-32
+    drawn = choose_tokens(logits, numbers, Sampling())
+    assert not impossible.gather(-1, drawn.unsqueeze(-1)).any()
+
+
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     numbers = torch.full((2,), 0.99, dtype=torch.float64)
