@@ -36,7 +36,7 @@ class SourceConfig:
     holdout_share: float | None = None  # share of documents held out; null = data.holdout_share
     encoding: str = "auto"  # auto | utf-8 | cp950 | utf-16 | any Python codec
     sheet: str | None = None  # xlsx, xls: null = the first sheet with rows
-    # Conversations only:
+    # Conversations, preferences and prompts:
     schema: str = "auto"  # auto | alpaca | sharegpt | messages | prompt_response | squad
     columns: dict[str, str] | None = None  # our column name -> the file's, over the guess
     datasets: list[str] = field(default_factory=list)  # names in a LLaMA-Factory dataset_info.json

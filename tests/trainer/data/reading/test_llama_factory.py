@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 
 from trainer.config import SourceConfig
-from trainer.data.chats.conversations import find_layout, read_conversations
+from trainer.data.chats.conversation import Message
+from trainer.data.chats.conversations import (
+    find_layout,
+    read_conversations,
+    walk_conversations,
+)
+from trainer.data.chats.preferences import read_preferences
 from trainer.data.reading.files import list_files
 from trainer.data.reading.llama_factory import parse_entry, read_entries
-from trainer.data.reading.records import RejectLog
+from trainer.data.reading.records import RejectLog, parse_record
 from trainer.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[5] / "shared" / "data"
@@ -218,3 +224,60 @@ def test_every_real_entry_is_read_or_explained(info: str, num_entries: int, num_
     listed = SourceConfig([str(folder)], datasets=["nope"], dataset_info=str(CONFIGS / info))
     with pytest.raises(DataError, match=r"no dataset 'nope'"):
         read_entries(listed)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("info", "name", "num_rows", "kind"),
+    [
+        ("dataset_info.json", "dpo_en_demo", 300, "pairs (messages)"),
+        ("dataset_info.json", "dpo_zh_demo", 300, "pairs (messages)"),
+        ("dataset_info.json", "kto_en_demo", 300, "labels"),
+        ("dataset_info_2024-05-02.json", "oaast_rm_zh", 775, "ranked"),
+    ],
+)
+def test_real_entries_of_preferences(info: str, name: str, num_rows: int, kind: str) -> None:
+    folder = SHARED / "preference" / "llama_factory"
+    source = SourceConfig([str(folder)], datasets=[name], dataset_info=str(CONFIGS / info))
+    (path,) = list_files(source)
+    layout = find_layout(path, source, "preferences")
+    assert layout.describe().startswith(f"{kind}; ")
+    rows = [parse_record(row.value) for row in walk_conversations(path, source, layout)]
+    assert len(rows) == num_rows and read_preferences(rows[0], layout)[0]
+    with pytest.raises(DataError, match=f"dataset '{name}' holds preferences, which are no"):
+        find_layout(path, source)
+
+
+def test_entries_of_preferences_name_their_columns(tmp_path: Path) -> None:
+    info = {
+        "pairs": {
+            "file_name": "qa.json",
+            "ranking": True,
+            "columns": {"prompt": "ask", "chosen": "x", "rejected": "y"},
+        },
+        "labels": {
+            "file_name": "qa.json",
+            "columns": {"prompt": "ask", "response": "x", "kto_tag": "fine"},
+        },
+        "missing": {
+            "file_name": "qa.json",
+            "ranking": True,
+            "columns": {"prompt": "ask", "chosen": "x", "rejected": "z"},
+        },
+        "chats": {"file_name": "qa.json", "columns": {"prompt": "ask", "response": "x"}},
+    }
+    row = {"ask": "問", "x": "好", "y": "壞", "chosen": "別的", "rejected": "其他", "fine": True}
+    write_folder(tmp_path, info, qa=[row])
+
+    def read_as(name: str) -> list[tuple[str, Message | None, Message | None]]:
+        source = SourceConfig([str(tmp_path)], datasets=[name])
+        layout = find_layout(tmp_path / "qa.json", source, "preferences")
+        found, _ = read_preferences(row, layout)
+        return [(p.prompt.messages[-1].content, p.chosen, p.rejected) for p in found]
+
+    good, bad = Message("assistant", "好"), Message("assistant", "壞")
+    assert read_as("pairs") == [("問", good, bad)]
+    assert read_as("labels") == [("問", good, None)]
+    for name in ("missing", "chats"):
+        with pytest.raises(DataError, match="holds no preferences"):
+            read_as(name)
