@@ -11,6 +11,7 @@ from trainer.data.reading.raw import RowError
 
 BELOW = {"data": "paragraphs", "paragraphs": "qas"}  # SQuAD 1.1, arXiv:1606.05250
 TELLING = {**BELOW, "qas": "question", "instances": "output"}  # a key that the objects inside have
+SPREAD = "input"  # OpenAI's files of preferences keep messages and tools of the prompt below it
 WRAPPERS = ("data", "rows", "items", "records", "examples", "資料", "数据")
 SHARED = ("instruction", "context")  # what all questions of a record have in common
 
@@ -21,6 +22,9 @@ def find_nesting(record: Mapping[str, Any]) -> str:
         inner = record.get(name)
         if isinstance(inner, list) and inner and isinstance(inner[0], dict) and key in inner[0]:
             return name
+    spread = record.get(SPREAD)
+    if isinstance(spread, dict) and isinstance(spread.get("messages"), list):
+        return SPREAD
     for name in WRAPPERS:
         inner = record.get(name)
         if isinstance(inner, list) and inner and isinstance(inner[0], dict):
@@ -32,12 +36,15 @@ def find_nesting(record: Mapping[str, Any]) -> str:
 
 
 def unnest(record: Mapping[str, Any], nested: str) -> Iterator[dict[str, Any]]:
-    """Yield the questions of a record, each with what it shares with the others.
+    """Yield the questions of a record, each with what it shares with the others; usually several.
 
     Raises:
         RowError: the record has none under the key ``nested``.
     """
     inner = record.get(nested)
+    if nested == SPREAD and isinstance(inner, dict):
+        yield {**{key: value for key, value in record.items() if key != SPREAD}, **inner}
+        return
     if not isinstance(inner, list) or not inner:
         raise RowError(f"no {nested} in the record; its keys are {', '.join(map(str, record))}")
     for value in inner:

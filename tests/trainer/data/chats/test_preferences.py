@@ -111,6 +111,11 @@ RECORDS: dict[str, dict[str, Any]] = {
         "chosen": openai(*ASKED, GOOD),
         "rejected": openai(*ASKED, BAD),
     },
+    "OpenAI's preferences": {
+        "input": {"messages": openai(*ASKED), "tools": [], "parallel_tool_calls": True},
+        "preferred_output": openai(GOOD),
+        "non_preferred_output": openai(BAD),
+    },
     "alpaca": {
         "instruction": "再",
         "input": "問",
@@ -367,8 +372,10 @@ def test_transcripts_come_back(texts: list[str]) -> None:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_prompt_of_every_layout(name: str, tmp_path: Path) -> None:
-    layout = layout_of(write_json(tmp_path / "a.json", [RECORDS[name]]), "prompts")
-    prompt, answer = read_prompt(RECORDS[name], layout)
+    path = write_json(tmp_path / "a.json", [RECORDS[name]])
+    layout = layout_of(path, "prompts")
+    (row,) = walk_conversations(path, SourceConfig([str(path)]), layout)
+    prompt, answer = read_prompt(parse_record(row.value), layout)
     asked = [*ASKED[:2], ("user", "再\n問")] if name == "alpaca" else ASKED
     assert [(m.role, m.content) for m in prompt.messages] == asked
     assert answer == "好"
