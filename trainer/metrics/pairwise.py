@@ -26,7 +26,7 @@ def wilson_interval(num_right: float, num: int) -> tuple[float, float]:
     middle = share + z2 / (2 * num)
     reach = Z_95 * math.sqrt(share * (1 - share) / num + z2 / (4 * num**2))
     low, high = ((middle + sign * reach) / (1 + z2 / num) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return min(share, max(0.0, low)), max(share, min(1.0, high))  # rounding stays inside
 
 
 def describe_pairs(chosen: Scores, rejected: Scores) -> dict[str, float]:

@@ -21,7 +21,7 @@ def test_wilson_interval_equals_published_values() -> None:
         (1, 29, (0.0061, 0.1718)),
     ):
         assert wilson_interval(num_right, num) == pytest.approx(expected, abs=5e-5)
-    assert wilson_interval(20, 20)[1] == 1.0
+    assert wilson_interval(27, 27)[1] == 1.0 and wilson_interval(0, 27)[0] == 0.0
 
 
 def test_calibration_by_hand() -> None:

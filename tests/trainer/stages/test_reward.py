@@ -154,7 +154,7 @@ def tune(values: dict[str, Any], run_dir: Path, base: Path, mode: str, engine: s
     values = start_from(copy.deepcopy(values), base)
     values["run_dir"], values["peft"] = str(run_dir), dict(MODES[mode])
     values["engine"] |= ENGINES[engine]
-    values["loop"] |= {"max_steps": 8, "eval_chars": 100_000, "eval_every": 4}
+    values["loop"] |= {"max_steps": 12, "eval_chars": 100_000, "eval_every": 6}
     values["optim"]["lr"] = 2e-2 if mode in ("lora", "qlora") else 2e-3
     return values
 
@@ -201,11 +201,10 @@ def records(run_dir: Path, split: str) -> list[dict[str, Any]]:
 
 
 def assert_learnt(run_dir: Path) -> None:
-    losses = read_losses(run_dir)
-    assert losses[8] < losses[1] - 0.1, (run_dir.name, losses)
     first, *_, last = (record["sources"]["pairs"] for record in records(run_dir, "eval"))
+    assert last["loss"] < first["loss"] - 0.1, run_dir.name
     assert last["accuracy"] > max(first["accuracy"], 0.7), run_dir.name
-    assert last["accuracy_low"] < last["accuracy"] < last["accuracy_high"]
+    assert last["accuracy_low"] < last["accuracy"] <= last["accuracy_high"]
 
 
 @pytest.mark.parametrize("run", RUNS, ids="_".join)
