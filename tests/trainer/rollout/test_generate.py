@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import TINY, VOCAB, tiny_model
+from peft import LoraConfig, get_peft_model
 
 from trainer.errors import DataError
 from trainer.models.language_model import LanguageModel
@@ -199,3 +200,17 @@ def test_training_mode_and_gradients_are_left_alone(llama: LanguageModel) -> Non
     llama(ids, torch.arange(3)[None], ids).backward()
     llama.zero_grad(set_to_none=True)
     llama.eval()
+
+
+def test_an_adapter_answers() -> None:
+    prompts = make_prompts(5)
+    plain = answer(LanguageModel(tiny_model("llama"), REAL), prompts, ())
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    found = answer(LanguageModel(adapted, REAL).eval(), prompts, ())
+    merged = LanguageModel(adapted.merge_and_unload(), REAL).eval()
+    assert found == answer(merged, prompts, ())
+    assert found != plain
