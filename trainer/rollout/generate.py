@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from trainer.data.batches.collate import WIDTH_UNIT
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.models.context import context_length
@@ -281,8 +282,11 @@ class LiveRows:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return input_ids and mask, both int64 ``[rows, longest]``; the mask is 0 at padding."""
-    longest = max(map(len, prompts))
-    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    """Return input_ids and mask, both int64 ``[rows, width]``; the mask is 0 at padding.
+
+    The width is the longest prompt's, rounded up as that of training batches and for their reason.
+    """
+    width = -(-max(map(len, prompts)) // WIDTH_UNIT) * WIDTH_UNIT
+    rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    masks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
