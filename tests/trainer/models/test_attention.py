@@ -308,3 +308,20 @@ def test_a_family_s_own_pattern_keeps_documents_apart() -> None:
     document = (at >= 3).long()
     expected = (at <= at[:, None] + 1) & (document == document[:, None])
     assert torch.equal(mask[0, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_single_query_attends_in_full_precision(dtype: torch.dtype) -> None:
+    """A step of generation on a CPU: grouped heads, a mask of padding on the left."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 1, 8, generator=draw).to(dtype)
+    key, value = (torch.randn(3, 2, 9, 8, generator=draw).to(dtype) for _ in range(2))
+    mask = (torch.arange(9) >= torch.tensor([0, 4, 8])[:, None])[:, None, None]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    out, _ = attend_to_documents(module, query, key, value, mask, scaling=0.5)
+    wide = [states.double().repeat_interleave(2, dim=1) for states in (key, value)]
+    scores = (query.double() @ wide[0].transpose(-1, -2) * 0.5).masked_fill(~mask, -torch.inf)
+    wanted = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, wanted.to(dtype), atol=0, rtol=2**-8)
