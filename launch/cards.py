@@ -50,7 +50,7 @@ def write_card(
         published=published,
         base=published or folder_name(config.model.path),
         tuning=describe_tuning(config.peft, run_adapter(run_dir)),
-        template=config.data.template if config.data.content == "conversations" else None,
+        template=None if config.data.content == "documents" else config.data.template,
         auto_class=CLASSES.get(str(config.stage["name"]), "AutoModelForCausalLM"),
         first=evaluations[0] if evaluations else None,
         last=evaluations[-1] if evaluations else None,

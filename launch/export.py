@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
 ADAPTER_MODES = ("lora", "qlora")
+REWARD = "reward"  # the stage whose model is a classifier
 QLORA_MERGE = {
     "original": "merging into the unquantised base: training saw its {kind} form, so this model's "
     "answers differ a little from those during training (--base=dequantized reproduces them)",
@@ -101,11 +102,11 @@ def _write_model(
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
     from trainer.models.export import write_shards
-    from trainer.models.load import make_config, special_ids
+    from trainer.models.load import special_ids
 
     tokenizer = load_tokenizer(options.run / "tokenizer")
     special = special_ids(tokenizer)
-    model_config = make_config(config.model, num_ids(tokenizer), special)
+    model_config = _make_config(config, tokenizer, checkpoint)
     precision = _precision(options, checkpoint)
     model_config.dtype = DTYPES[precision]
     model_config.save_pretrained(folder)
@@ -122,7 +123,8 @@ def _write_model(
     padding = list(range(num_ids(tokenizer), model_config.get_text_config().vocab_size))
     if padding:  # rows that pad the matrix to a round size are no tokens
         generation["suppress_tokens"] = padding
-    GenerationConfig(**generation).save_pretrained(folder)
+    if config.stage["name"] != REWARD:
+        GenerationConfig(**generation).save_pretrained(folder)
     _copy_tokenizer(tokenizer, options.run / "tokenizer", folder)
     write_pair_manifest(folder, folder)
     return {
@@ -134,6 +136,47 @@ def _write_model(
     }
 
 
+def _make_config(config: RunConfig, tokenizer: Any, checkpoint: Checkpoint) -> Any:
+    """Return the transformers config to write; a reward model's says how it is to be padded."""
+    from tokenizer.load import num_ids
+    from trainer.models.load import make_config, outline, special_ids
+    from trainer.models.scalar_model import SCALAR, scalar_config, statistics_config
+
+    inputs = config.model, num_ids(tokenizer), special_ids(tokenizer)
+    if config.stage["name"] != REWARD:
+        return make_config(*inputs)
+    from trainer.data.chats.chat import stop_token_ids
+
+    model_config = scalar_config(*inputs)
+    model_config.architectures = [type(outline(model_config, SCALAR)).__name__]
+    model_config.update(statistics_config(checkpoint.state["reward_stats"]))
+    padding = padding_token(tokenizer, stop_token_ids(tokenizer))
+    model_config.pad_token_id = padding
+    if padding is None:
+        print(
+            "the tokenizer has no special token but those that end an answer: nothing can pad "
+            "batches (config.json has pad_token_id=null), so score one text at a time"
+        )
+    else:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    return model_config
+
+
+def padding_token(tokenizer: Any, ends: Sequence[int]) -> int | None:
+    """Return the id that pads texts to be scored; transformers scores the last other one.
+
+    Padding with a token that ends answers would hide the end, where the score is. The start token
+    never ends an answer.
+
+    Args:
+        tokenizer: the run's.
+        ends: ids that end an answer.
+    """
+    known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    every = [*known, *tokenizer.all_special_ids]
+    return next((int(i) for i in every if i is not None and i not in ends), None)
+
+
 def _open_weights(
     config: RunConfig, options: argparse.Namespace, model_config: Any, reader: Reader
 ) -> Weights:
@@ -141,14 +184,17 @@ def _open_weights(
     from functools import partial
 
     from trainer.engine.precision import DTYPES
+    from trainer.models.actor_critic import policy_shapes
     from trainer.models.adapter_files import FOLDER, keep_base, run_adapter
     from trainer.models.export import Weights, transposed_weights
     from trainer.models.identity import refuse_other_base
-    from trainer.models.load import find_aliases, initial_buffers, outline
+    from trainer.models.load import LANGUAGE, find_aliases, initial_buffers, outline
     from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
+    from trainer.models.scalar_model import SCALAR
     from trainer.models.stored_names import superseded_names
 
-    model = outline(model_config)
+    auto = SCALAR if config.stage["name"] == REWARD else LANGUAGE
+    model, shapes = outline(model_config, auto), policy_shapes(reader.shapes)
     base = Path(config.model.path) if config.model.path else None
     if config.peft.mode in ADAPTER_MODES:
         keep_base(options.run / FOLDER, str(config.model.path))
@@ -162,16 +208,20 @@ def _open_weights(
         dtype = DTYPES[reader.checkpoint.manifest["precision"]]
         kind = config.peft.quantization
         as_trained = partial(as_quantized, quantized_weights(model), kind, dtype)
+    left_out = find_aliases(model_config, auto)
+    if base:
+        left_out |= superseded_names(model, base, shapes)
+    if auto is SCALAR:  # the base's output embedding
+        left_out |= outline(model_config).state_dict().keys() - model.state_dict().keys()
     return Weights(
-        reader.shapes,
+        shapes,
         reader.read_whole,
         base,
         run_adapter(options.run),
-        find_aliases(model_config)
-        | (superseded_names(model, base, reader.shapes) if base else set()),
+        left_out,
         transposed_weights(model),
         as_trained,
-        None if config.model.path else initial_buffers(model_config),
+        None if config.model.path else initial_buffers(model_config, auto),
     )
 
 
@@ -182,6 +232,7 @@ def _write_adapter(
     from tokenizer.load import MANIFEST_NAME, fingerprint, load_tokenizer
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
+    from trainer.models.actor_critic import policy_shapes
     from trainer.models.adapter_files import FOLDER, FORMAT, keep_base, run_adapter
     from trainer.models.adapter_files import write_adapter_config as write_config
     from trainer.models.export import write_adapter
@@ -196,7 +247,9 @@ def _write_adapter(
             "inference_mode": True,
         },
     )
-    num_params = write_adapter(reader.shapes, reader.read_whole, folder, DTYPES[precision])
+    num_params = write_adapter(
+        policy_shapes(reader.shapes), reader.read_whole, folder, DTYPES[precision]
+    )
     path = options.run / "tokenizer"
     _copy_tokenizer(load_tokenizer(path), path, folder)
     quantization = config.peft.quantization if config.peft.mode == "qlora" else None
@@ -235,9 +288,9 @@ def _copy_code(config: RunConfig, folder: Path) -> None:
 
 
 def _stop_ids(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
-    """Return the ids that end an answer, for a model tuned on conversations."""
+    """Return the ids that end an answer, for a model tuned on chats."""
     from trainer.data.chats.chat import stop_token_ids
 
-    if config.data.content != "conversations":
+    if config.data.content == "documents":
         return {}
     return {"eos_token_id": stop_token_ids(tokenizer)}

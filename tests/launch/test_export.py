@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from training_support import read_masters, run_scenarios
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import export
+from trainer.config import DataConfig
 from trainer.errors import CheckpointError, ConfigError
 
 Vary = Callable[..., dict[str, Any]]
@@ -156,3 +158,11 @@ def test_what_cannot_be_exported_says_why(exported: dict[str, Path], tmp_path: P
     with pytest.raises(CheckpointError, match="cannot be read"):
         export.main([str(tmp_path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["documents", "conversations", "preferences", "prompts"])
+def test_ids_that_end_an_answer_are_written_for_chats(content: Any, chat_folder: Path) -> None:
+    config = SimpleNamespace(data=DataConfig({}, content=content))
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    expected = {} if content == "documents" else {"eos_token_id": [tokenizer.eos_token_id]}
+    assert export._stop_ids(config, tokenizer) == expected  # type: ignore[arg-type]
