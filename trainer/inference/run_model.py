@@ -23,6 +23,7 @@ from trainer.config import RunConfig, load_config
 from trainer.engine.committed import Checkpoint, Reader, find_checkpoint
 from trainer.engine.precision import DTYPES
 from trainer.errors import CheckpointError, ConfigError
+from trainer.models.actor_critic import policy_shapes
 from trainer.models.adapter_files import noted_base, run_adapter
 from trainer.models.export import Weights, transposed_weights
 from trainer.models.identity import model_identity, refuse_other_base
@@ -45,9 +46,14 @@ def load_run(
 
     Raises:
         CheckpointError: the checkpoint does not hold the whole model.
-        ConfigError: the run's base is gone.
+        ConfigError: the run's base is gone, or it is a reward run.
     """
     config = read_run_config(folder)
+    if config.stage["name"] == "reward":
+        raise ConfigError(
+            f"{folder} is a reward run: its model scores answers and writes none; export it with "
+            f"kuroshio export {folder} OUT"
+        )
     base_folder = _find_base(folder, config, base)
     if base_folder is not None and config.peft.mode == "freeze":
         refuse_other_base(base_folder, checkpoint.state["inputs"])
@@ -59,7 +65,7 @@ def load_run(
     reader = Reader(checkpoint)
     shape = outline(model_config)
     weights = Weights(
-        reader.shapes,
+        policy_shapes(reader.shapes),
         reader.read_whole,
         base_folder,
         run_adapter(folder),

@@ -7,7 +7,7 @@ offloaded like trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,9 +154,9 @@ def checkpoint_name(name: str) -> str:
     return f"{CRITIC}.{own}" if own != name and f".{CRITIC}." in own else own
 
 
-def is_policy_name(name: str) -> bool:
-    """Return whether a checkpoint's parameter belongs to the policy."""
-    return not name.startswith(f"{CRITIC}.")
+def policy_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Return the policy's entries among a checkpoint's shapes by parameter name."""
+    return {n: shape for n, shape in shapes.items() if not n.startswith(f"{CRITIC}.")}
 
 
 def without_dropout(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from trainer.models.quantize import Quantization, quantize_layers
 from trainer.models.remote_code import runs_own_code
 
 LOG = logging.getLogger(__name__)
+LANGUAGE = AutoModelForCausalLM
+CLASSIFIER = "ForSequenceClassification"  # ends the names of their classes
 
 
 def read_architecture(model: ModelConfig) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def make_config(
     return AutoConfig.for_model(model_type, **{**architecture, "vocab_size": rows, **special_ids})
 
 
-def outline(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def outline(config: PretrainedConfig, auto: Any = LANGUAGE) -> PreTrainedModel:
     """Return the model without its numbers: modules, names, shapes and ties.
 
     Args:
@@ -107,9 +109,7 @@ def _brings_code(config: PretrainedConfig) -> bool:
     return type(config).__module__.startswith("transformers_modules.")
 
 
-def initial_buffers(
-    config: PretrainedConfig, auto: Any = AutoModelForCausalLM
-) -> dict[str, torch.Tensor]:
+def initial_buffers(config: PretrainedConfig, auto: Any = LANGUAGE) -> dict[str, torch.Tensor]:
     """Return the tensors that a new model keeps beside its parameters, such as a router's bias.
 
     Checkpoints hold parameters only; a model from a folder has these tensors there.
@@ -120,14 +120,14 @@ def initial_buffers(
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def find_aliases(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> set[str]:
+def find_aliases(config: PretrainedConfig, auto: Any = LANGUAGE) -> set[str]:
     """Return the second names of parameters that the model ties."""
     model = outline(config, auto)
     names = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
 
 
-def measure(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> tuple[int, int]:
+def measure(config: PretrainedConfig, auto: Any = LANGUAGE) -> tuple[int, int]:
     """Return (all parameters, elements of the largest one), from shapes alone."""
     sizes = [p.numel() for p in outline(config, auto).parameters()]
     return sum(sizes), max(sizes)
@@ -153,7 +153,7 @@ def load_model(
     seed: int,
     partitioning: Partitioning | None = None,
     quantization: Quantization | None = None,
-    auto: Any = AutoModelForCausalLM,
+    auto: Any = LANGUAGE,
     made: Mapping[str, Made] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Load or create the model in ``dtype``; the same weights on every rank and ZeRO stage.
@@ -169,7 +169,16 @@ def load_model(
         quantization: of the linear layers of a model folder.
         auto: transformers' class of the kind of model.
         made: parameters that the kind has and the folder lacks, by name.
+
+    Raises:
+        ConfigError: a classifier where a language model is wanted.
     """
+    kinds = [name for name in config.architectures or [] if name.endswith(CLASSIFIER)]
+    if auto is LANGUAGE and kinds:
+        raise ConfigError(
+            f"model.path={model.path} is a classifier ({kinds[0]}), without an output embedding to "
+            "write text with; give a language model"
+        )
     if quantization is not None:
         partitioning = None
     fill = partitioning.fill if partitioning else fill_plain

@@ -8,6 +8,7 @@ rows; transformers computes them at the last token that is not padding.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,17 @@ def _width(config: PretrainedConfig) -> int:
 def install_score_head(model: PreTrainedModel) -> None:
     """Put a ``ScoreHead`` in the place of a classifier's own; name and parameter stay."""
     model.score = ScoreHead.adopt(model.score)
+
+
+def statistics_config(statistics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the entries of config.json that ``reward_statistics`` reads.
+
+    Args:
+        statistics: ``mean`` and ``std`` of held-out scores; None where none were computed.
+    """
+    if statistics is None:
+        return {}
+    return dict(zip(STATISTICS, (statistics["mean"], statistics["std"]), strict=True))
 
 
 def reward_statistics(folder: str | Path) -> tuple[float, float] | None:
