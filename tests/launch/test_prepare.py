@@ -115,6 +115,32 @@ def test_check_of_conversations(tmp_path: Path, tokenizer: Path) -> None:
     assert done.returncode == 78 and "writes <|im_start|>, <|im_end|>" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("stage", "shown", "example"),
+    [
+        ("reward", ["3", "0", "0"], "⟦good 0</s>⟧"),
+        ("ppo", ["5", "4"], "answer of the file: good 0"),
+    ],
+)
+def test_check_of_preferences(
+    stage: str, shown: list[str], example: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    path = tmp_path / "pairs.csv"
+    rows = [
+        "問題,較好的回答,較差的回答",
+        *(f"q{i},good {i},bad" for i in range(3)),
+        "q,,x",
+        "q,x,x",
+    ]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    done = prepare(tmp_path, path, tokenizer, f"stage={stage}", "data.template=plain", "--check")
+    assert done.returncode == (65 if stage == "reward" else 0), done.stderr
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("text ")]
+    assert row[1 : 1 + len(shown)] == shown
+    assert example in done.stdout and "chosen=較好的回答, prompt=問題" in done.stdout
+    assert ("2 of 5 rows rejected" in done.stderr) == (stage == "reward")
+
+
 def test_mpi_ranks_make_the_same_store(tmp_path: Path, source: Path, tokenizer: Path) -> None:
     for i in range(5):
         shutil.copyfile(source, source.with_name(f"{i}.jsonl"))

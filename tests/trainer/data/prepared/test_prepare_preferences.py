@@ -10,17 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import sentencepiece_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from tokenizer.load import load_tokenizer, save_tokenizer
 from trainer.config import DataConfig, SourceConfig
 from trainer.data.chats.chat import resolve_template
+from trainer.data.chats.chat_encoder import ChatEncoder
 from trainer.data.chats.conversation import Conversation, Message
+from trainer.data.chats.layouts import Layout
+from trainer.data.chats.pair_encoder import PairSpec
+from trainer.data.chats.prompt_encoder import PromptSpec
+from trainer.data.prepared.chat_shards import add_chats
 from trainer.data.prepared.check import check
 from trainer.data.prepared.check_pairs import answer_lengths
+from trainer.data.prepared.drafts import start_draft
 from trainer.data.prepared.prepare import plan_sources, prepare
 from trainer.data.prepared.store import SourceStore, hash_text, verify
 from trainer.data.prepared.summary import summarise
+from trainer.data.reading.raw import Row
+from trainer.data.reading.records import JsonLine
 from trainer.errors import DataError
 
 NUM_PAIRS = 40
@@ -305,3 +315,72 @@ def test_check_of_labels_and_prompts(tmp_path: Path, tokenizer_path: Path) -> No
     assert "no answer is labelled undesirable: KTO needs both labels" in text
     text = show(check(make_data(tmp_path, rows, "prompts"), tokenizer_path).report, tmp_path)
     assert "<|im_start|>assistant" in text and "answer of the file: yes 0" in text
+
+
+ANSWERS = st.sampled_from(["one", "two", "two ", "", "word " * 40, None, 5])
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {}, optional={"prompt": st.sampled_from(["q", "", "word " * 40, ["x"]]), "x": ANSWERS}
+    )
+    | st.fixed_dictionaries({"prompt": st.just("q"), "chosen": ANSWERS, "rejected": ANSWERS})
+    | st.fixed_dictionaries({"prompt": st.just("q"), "a": st.lists(ANSWERS, max_size=3)})
+    | st.text(max_size=3),
+    max_size=6,
+)
+LAYOUTS = {
+    "pairs": Layout(
+        "prompt_response",
+        (("chosen", "chosen"), ("prompt", "prompt"), ("rejected", "rejected")),
+        "jsonl",
+        preference="pairs",
+    ),
+    "ranked": Layout(
+        "prompt_response",
+        (("prompt", "prompt"), ("response", "a")),
+        "jsonl",
+        preference="ranked",
+        ranked_pairs="all",
+    ),
+    "prompts": Layout("prompt_response", (("prompt", "prompt"),), "jsonl", prompts=True),
+}
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, ChatEncoder]:
+    tokenizer = sentencepiece_tokenizer()
+    template = resolve_template(tokenizer, "chatml")
+    pairs = PairSpec.of(tokenizer, template, train_on="last", max_length=120).build()
+    prompts = PromptSpec.of(tokenizer, template, max_length=60).build()
+    return {"pairs": pairs, "ranked": pairs, "prompts": prompts}
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=ROWS, kind=st.sampled_from(sorted(LAYOUTS)))
+def test_every_row_is_accepted_or_rejected(
+    rows: list[Any], kind: str, encoders: dict[str, ChatEncoder], tmp_path: Path
+) -> None:
+    draft, rejects = start_draft(tmp_path / "0.npz", max_bad_row_share=1.0)
+    lines = (json.dumps(row).encode() for row in rows)
+    raw = (Row(n, len(line), JsonLine(line)) for n, line in enumerate(lines, 1))
+    layout = LAYOUTS[kind]
+    reported: list[int] = []
+    add_chats(
+        draft,
+        raw,
+        Path("a.jsonl"),
+        layout,
+        encoders[kind],
+        rejects,
+        lambda _, num_documents: reported.append(num_documents),
+    )
+    rejects.close()
+    assert rejects.num_accepted + rejects.num_rejected == len(rows)
+    num_documents = len(draft.columns["num_tokens"])
+    assert num_documents == sum(reported) == draft.chats["kept"]
+    sizes = [len(ids) // encoders[kind].dtype.itemsize for ids in draft.tokens]
+    assert sum(sizes) == sum(draft.columns["num_tokens"])
+    assert len(draft.left_out) == draft.chats["long"] + draft.chats["unlike"]
+    expected = {"pairs": 120, "ranked": 120, "prompts": 60}[kind]
+    assert all(size <= expected for size in draft.columns["num_tokens"])
+    if kind == "pairs":
+        assert rejects.num_accepted == num_documents + draft.chats["long"]
