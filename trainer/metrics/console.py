@@ -41,6 +41,8 @@ def describe_step(metrics: Mapping[str, float]) -> str:
         "epoch": lambda v: f"epoch {v:.2f}",
         "loss": lambda v: f"loss {v:.4f}",
         "accuracy": lambda v: f"accuracy {v:.1%}",
+        "reward": lambda v: f"reward {v:.3f}",
+        "kl": lambda v: f"kl {v:.2f}",
         "lr": lambda v: f"lr {v:.2e}",
         "grad_norm": lambda v: f"grad {v:.2f}",
         "tokens_per_s": lambda v: f"{show_count(v)} tok/s",

@@ -23,6 +23,19 @@ from trainer.metrics.history import Record, Run
 TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
     ("accuracy", "Accuracy in training", "percent", True),
     ("margin", "Margin in training", "plain", True),
+    ("reward", "Reward of a response", "plain", True),
+    ("kl", "KL from the reference (nats a response)", "plain", True),
+    ("kl_coef", "Price of KL", "plain", False),
+    ("entropy", "Entropy (nats a token)", "plain", True),
+    ("response_length", "Length of a response (tokens)", "plain", True),
+    ("eos_share", "Responses that ended by themselves", "percent", True),
+    ("flat_share", "Prompts whose responses all score the same", "percent", True),
+    ("clip_fraction", "Tokens with a clipped ratio", "percent", True),
+    ("value_clip_fraction", "Tokens with a clipped value", "percent", True),
+    ("explained_variance", "Variance of returns that the critic explains", "percent", True),
+    ("rollout_seconds", "Rollout (seconds a step)", "plain", True),
+    ("score_seconds", "Scoring (seconds a step)", "plain", True),
+    ("update_seconds", "Update (seconds a step)", "plain", True),
     ("lr", "Learning rate", "plain", False),
     ("grad_norm", "Gradient norm", "plain", True),
     ("tokens_per_s", "Throughput (tokens per second)", "count", True),
@@ -37,6 +50,9 @@ EVAL_CHARTS: tuple[tuple[str, str, Axis], ...] = (
     ("accuracy", "Accuracy, held-out", "percent"),
     ("margin", "Margin, held-out", "plain"),
     ("calibration_error", "Calibration error, held-out", "plain"),
+    ("reward", "Reward, held-out", "plain"),
+    ("kl", "KL from the reference, held-out (nats a response)", "plain"),
+    ("response_length", "Length of a response, held-out (tokens)", "plain"),
 )
 
 
