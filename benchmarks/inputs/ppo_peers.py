@@ -87,8 +87,10 @@ def main() -> None:
 
 def run_llama_factory(case: dict[str, Any], shared: dict[str, Any], turn: Round) -> None:
     """Run its own ppo workflow; the actor carries the value head, the reward model is another."""
+    from llamafactory.hparams import get_train_args
+    from llamafactory.train.ppo import run_ppo
     from llamafactory.train.ppo.trainer import CustomPPOTrainer
-    from llamafactory.train.tuner import run_exp
+    from transformers import PreTrainedTokenizerBase
 
     for part, method in (("rollout", "get_inputs"), ("score", "get_rewards")):
         setattr(CustomPPOTrainer, method, turn.timed(part, getattr(CustomPPOTrainer, method)))
@@ -113,7 +115,11 @@ def run_llama_factory(case: dict[str, Any], shared: dict[str, Any], turn: Round)
         "top_p": 1.0,
         **shared,
     }
-    run_exp(arguments, callbacks=[turn])
+    # Transformers 5 no longer has what its PPO asks a tokenizer for.
+    PreTrainedTokenizerBase.additional_special_tokens_ids = property(lambda self: [])
+    # Not through its tuner, which imports trainers that want a newer TRL than its PPO does.
+    model, data, training, finetuning, generating = get_train_args(arguments)
+    run_ppo(model, data, training, finetuning, generating, callbacks=[turn])
 
 
 def run_trl(case: dict[str, Any], shared: dict[str, Any], turn: Round) -> None:

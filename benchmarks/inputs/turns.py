@@ -88,10 +88,13 @@ class RankGroup:
         }
 
     def _tell(self, word: str) -> None:
-        for process in self.ranks:
+        for rank, process in enumerate(self.ranks):
             assert process.stdin is not None
-            process.stdin.write(f"{word}\n")
-            process.stdin.flush()
+            try:
+                process.stdin.write(f"{word}\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                raise SystemExit(self._last_words(rank)) from None
 
     def _hear(self, rank: int) -> dict[str, Any]:
         stdout = self.ranks[rank].stdout
@@ -100,8 +103,10 @@ class RankGroup:
             if line.startswith(REPORT):
                 report: dict[str, Any] = json.loads(line.removeprefix(REPORT))
                 return report
-        log = self.logs[rank].read_text()[-5000:]
-        raise SystemExit(f"{self.name}, rank {rank} ended:\n{log}")
+        raise SystemExit(self._last_words(rank))
+
+    def _last_words(self, rank: int) -> str:
+        return f"{self.name}, rank {rank} ended:\n{self.logs[rank].read_text()[-5000:]}"
 
 
 class Turns:
