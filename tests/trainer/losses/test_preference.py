@@ -6,12 +6,12 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from trainer.losses.preference import (
@@ -24,6 +24,7 @@ from trainer.losses.preference import (
     log1m_exp,
 )
 
+OPTIONS = Path(__file__).resolve().parents[3] / "conf/loss"
 TRL_SCRIPT = Path(__file__).with_name("trl_preference.py")
 GIVEN: dict[str, list[float]] = {
     "chosen": [-12.0, -30.5, -4.0],
@@ -97,10 +98,21 @@ def answers(baseline: float, dtype: torch.dtype = torch.float64) -> AnswerLogps:
 
 
 def compute(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return a loss of ``GIVEN`` with ``SETTINGS``."""
+    """Return a loss of ``GIVEN``."""
     loss = LOSSES[name]
     logps: Any = pairs(dtype) if loss.is_paired else answers(0.5, dtype)  # (1.5 - 0.5) / 2
-    return loss.function(logps, **SETTINGS[name])
+    return loss.function(logps, **settings_of(name))
+
+
+def settings_of(name: str) -> dict[str, float]:
+    """Return the hyperparameters compared with TRL's, or else those of the loss's option."""
+    return SETTINGS.get(name) or read_option(name)
+
+
+def read_option(name: str) -> dict[str, Any]:
+    values = yaml.safe_load((OPTIONS / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert values.pop("name") == name
+    return dict(values)
 
 
 @pytest.mark.parametrize("name", HAND)
@@ -122,9 +134,14 @@ def test_kto_by_hand() -> None:
     assert values == pytest.approx([1 / (1 + math.e), 0.5 / (1 + math.exp(3))], abs=1e-6)
 
 
-def test_every_loss_is_compared_with_trl() -> None:
-    assert LOSSES.keys() == TRL.keys() == SETTINGS.keys()
-    assert all(set(SETTINGS[name]) == set(LOSSES[name].hyperparameters) for name in LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_an_option_that_sets_its_hyperparameters(name: str) -> None:
+    assert set(read_option(name)) == set(LOSSES[name].hyperparameters)
+    assert compute(name).isfinite().all()
+
+
+def test_every_option_is_a_loss() -> None:
+    assert {path.stem for path in OPTIONS.glob("*.yaml")} == LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", TRL)
@@ -154,7 +171,7 @@ def test_gradients_raise_the_chosen_and_lower_the_rejected(name: str) -> None:
     chosen = torch.tensor([-6.0, -5.0, -8.0], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-5.5, -5.2, -7.0], dtype=torch.float64, requires_grad=True)
     logps = pairs(**given)._replace(chosen=chosen, rejected=rejected)
-    LOSSES[name].function(logps, **SETTINGS[name]).sum().backward()
+    LOSSES[name].function(logps, **settings_of(name)).sum().backward()
     assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
 
 
@@ -176,23 +193,23 @@ def test_the_baseline_is_never_negative_and_needs_no_answer() -> None:
 @pytest.mark.parametrize("name", [n for n in PAIRED if not LOSSES[n].uses_reference])
 def test_losses_without_a_reference_do_not_look_at_one(name: str) -> None:
     other = pairs(reference_chosen=[9.0] * 3, reference_rejected=[-9.0] * 3)
-    assert torch.equal(LOSSES[name].function(other, **SETTINGS[name]), compute(name))
+    assert torch.equal(LOSSES[name].function(other, **settings_of(name)), compute(name))
 
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_a_pair_does_not_hang_on_the_others(name: str) -> None:
     alone = PairLogps(*(field[1:2] for field in pairs()))
-    assert torch.equal(LOSSES[name].function(alone, **SETTINGS[name])[0], compute(name)[1])
+    assert torch.equal(LOSSES[name].function(alone, **settings_of(name))[0], compute(name)[1])
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("ipo", "orpo")])
+@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "robust", "hinge", "simpo", "kto"])
 def test_far_apart_log_probabilities_stay_finite(name: str) -> None:
     far = {"chosen": [-1.0] * 3, "rejected": [-1e4] * 3}
-    function: Callable[..., Tensor] = LOSSES[name].function
+    function = LOSSES[name].function
     logps: Any = pairs(torch.float32, **far)
     if not LOSSES[name].is_paired:
         logps = answers(0.0, torch.float32)._replace(policy=torch.full((6,), -1e4))
-    assert function(logps, **SETTINGS[name]).isfinite().all()
+    assert function(logps, **settings_of(name)).isfinite().all()
 
 
 def test_certain_answers_have_finite_odds() -> None:
