@@ -119,7 +119,7 @@ def test_update_is_the_same_however_it_is_dealt(
             assert own == pytest.approx(values[0], rel=1e-3, abs=1e-4), key
 
 
-@pytest.mark.parametrize("advantage", ["gae", "grpo"])
+@pytest.mark.parametrize("advantage", ["gae", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_an_unbroken_one(
     advantage: str, vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -154,6 +154,97 @@ def test_a_killed_run_ends_as_an_unbroken_one(
         assert manifests[0]["state"] == manifests[1]["state"]
     assert manifests[0]["state"]["reward_statistics"]["count"] == 3 * 8
     assert manifests[0]["state"]["kl_coef"] != 0.1
+
+
+OFFLOAD = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_params": "cpu"}
+ENGINES: dict[str, dict[str, Any]] = {
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "zero3_offload": OFFLOAD,
+}
+PEFT = {"full": {}, "lora": {"rank": 4}, "qlora": {"rank": 4}}
+ALL_WAYS = [
+    (mode, engine, models)
+    for mode in PEFT
+    for engine in ENGINES
+    for models in ("separate", "shared")
+    if (mode, models) != ("full", "shared")
+]
+FEW_WAYS = [
+    ("full", "zero3_offload", "separate"),
+    ("lora", "zero3", "separate"),
+    ("qlora", "zero2", "shared"),
+]
+
+
+def train_ways(
+    ways: list[tuple[str, str, str]], vary: Callable[..., dict[str, Any]], folder: Path
+) -> None:
+    """Train two steps in every way on two ranks; policy and critic must have moved."""
+    scenarios = []
+    for mode, engine, models in ways:
+        values = vary(folder / f"{mode}-{engine}-{models}", loop__max_steps=2)
+        values["engine"] |= ENGINES[engine]
+        values["peft"] = {"mode": mode, **PEFT[mode]}
+        values["stage"] = stage_of(models=models)
+        values["optim"]["lr"] = 1e-2
+        scenarios.append({"config": values, "split_everything": 1})
+    run(scenarios, 2, folder)
+    for mode, engine, models in ways:
+        run_dir = folder / f"{mode}-{engine}-{models}"
+        first, second = read_records(run_dir, "train")
+        assert abs(first["kl"]) < 1e-3 < abs(second["kl"]), run_dir.name
+        heads = [w for name, w in read_masters(run_dir).items() if name.endswith("score.weight")]
+        heads += [w for name, w in read_masters(run_dir).items() if name == "critic.weight"]
+        assert len(heads) == 1 and heads[0].abs().max() > 0, run_dir.name
+
+
+def test_it_trains_with_offload_and_adapters(
+    vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    train_ways(FEW_WAYS, vary_ppo, tmp_path)
+
+
+@pytest.mark.slow
+def test_it_trains_every_way(vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    train_ways([way for way in ALL_WAYS if way not in FEW_WAYS], vary_ppo, tmp_path)
+
+
+@pytest.mark.slow
+def test_fp16_skips_a_step_of_both(vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    # The first scale of 2**40 overflows in the actor's or the critic's gradients.
+    values = vary_ppo(tmp_path / "run", engine__precision="fp16", loop__max_steps=2)
+    values["engine"] |= {"zero_stage": 2, "initial_loss_scale_power": 40}
+    run([{"config": values}], 2, tmp_path)
+    records = read_records(tmp_path / "run", "train")
+    assert records[0]["num_overflows"] > 0
+    assert records[-1]["loss_scale"] < 2**40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo"])
+def test_reward_rises_on_three_seeds(
+    advantage: str, vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    scenarios = []
+    for seed in range(3):
+        values = vary_ppo(tmp_path / str(seed), loop__max_steps=25, loop__micro_batch_size=8)
+        values["loop"]["seed"] = seed
+        values["stage"] = stage_of(
+            rewards={"contains": {"texts": ["e"]}},
+            advantage=advantage,
+            rollouts_per_step=8,
+            responses_per_prompt=4,
+            kl__coef=0.0,
+            kl__target=None,
+            score__missing_eos_penalty=0.0,
+        )
+        values["optim"]["lr"] = 3e-3
+        scenarios.append({"config": values})
+    run(scenarios, 1, tmp_path)
+    for seed in range(3):
+        rewards = [record["reward"] for record in read_records(tmp_path / str(seed), "train")]
+        assert sum(rewards[-5:]) > sum(rewards[:5]) + 1.0, rewards
 
 
 @pytest.mark.parametrize(
