@@ -21,6 +21,7 @@ from trainer.data.prepared.store import hash_text
 PAIRS = "preference/hh_rlhf/harmless-base_test_rows0000-1799.jsonl.gz"
 ALPACA = "sft/stanford_alpaca/alpaca_5000.json"
 WEB, WIKI = "pretrain/lf_c4_demo.jsonl", "pretrain/lf_wiki_demo.txt"
+Answers = tuple[str, str]  # the chosen and the rejected one
 HELD_OUT_SHARE = 0.25  # of conf/experiment/hh_reward.yaml
 
 
@@ -97,19 +98,22 @@ def read_texts(data_root: Path, folder: Path) -> Iterator[str]:
             yield "\n".join(turn["content"] for turn in json.loads(line)["messages"])
 
 
-def read_held_out(data_root: Path) -> list[str]:
-    """Return the last answers, both of each pair, to the held-out prompts."""
+def read_answers(data_root: Path) -> tuple[list[Answers], list[Answers]]:
+    """Return the last answers of the pairs that differ: those to train on, and those held out."""
     with gzip.open(data_root / PAIRS, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    held_out = [row for row in rows if is_held_out(first_question(row["chosen"]))]
-    return [
-        read_turns(row[side])[-1].content for row in held_out for side in ("chosen", "rejected")
-    ]
+    sides: tuple[list[Answers], list[Answers]] = [], []
+    for row in rows:
+        chosen, rejected = (read_turns(row[side])[-1].content for side in ("chosen", "rejected"))
+        if chosen.strip() and rejected.strip() and chosen != rejected:
+            sides[is_held_out(first_question(row["chosen"]))].append((chosen, rejected))
+    return sides
 
 
-def find_leaks(answers: Iterable[str], texts: Iterable[str]) -> list[str]:
+def find_leaks(pairs: Iterable[Answers], texts: Iterable[str]) -> list[str]:
     """Return the answers of 60 characters or more that stand in a text; shorter ones are common."""
     everything = "\x00".join(texts)
+    answers = (answer.strip() for pair in pairs for answer in pair)
     return [answer for answer in answers if len(answer) >= 60 and answer in everything]
 
 

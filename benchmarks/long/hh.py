@@ -30,10 +30,11 @@ from benchmarks.inputs.hh_figures import (  # noqa: E402
 )
 from benchmarks.inputs.hh_texts import (  # noqa: E402
     find_leaks,
-    read_held_out,
+    read_answers,
     read_texts,
     write_hh_files,
 )
+from benchmarks.inputs.word_judge import judge_by_words, prefer_shorter  # noqa: E402
 
 VOCAB_SIZE = 6144
 
@@ -50,7 +51,7 @@ def main() -> None:
     shared = [f"data_root={options.data_root}", f"data.store_dir={out}/store", *options.set]
     counts = prepare(options.data_root, out)
     tune(out, shared)
-    results = {"counts": counts, "reward": rank(out, shared)}
+    results = {"counts": counts, "reward": rank(out, shared), "rules": judge(options.data_root)}
     print(f"\n{time.time() - start:.0f} s\n")
     print(json.dumps(results))
 
@@ -65,7 +66,7 @@ def prepare(data_root: Path, out: Path) -> dict[str, int]:
         counts = write_hh_files(data_root, data)
         path.write_text(json.dumps(counts), "utf-8")
     texts = list(read_texts(data_root, data))
-    if leaks := find_leaks(read_held_out(data_root), texts):
+    if leaks := find_leaks(read_answers(data_root)[1], texts):
         raise SystemExit(f"{len(leaks)} held-out dialogues are in training texts: {leaks[:3]}")
     if not (out / "tokenizer").exists():
         save_tokenizer(train_base(texts, VOCAB_SIZE), out / "tokenizer")
@@ -100,6 +101,20 @@ def rank(out: Path, shared: list[str]) -> dict[str, Any]:
     print(f"\nreward model, {rows[-1]['num_pairs']} held-out pairs:\n\n{tabulate_reward(rows)}")
     print(f"\ntraining accuracy at the end {last['accuracy']:.1%}; plot {out}/reward.svg")
     return {"held_out": rows, "train": last}
+
+
+def judge(data_root: Path) -> dict[str, dict[str, float]]:
+    """Return what simple rules reach on the held-out pairs: what a reward model must beat."""
+    from trainer.metrics.pairwise import wilson_interval
+
+    train, held_out = read_answers(data_root)
+    counts = {"words": judge_by_words(train, held_out), "shorter": prefer_shorter(held_out)}
+    found = {}
+    for name, num_right in counts.items():
+        low, high = wilson_interval(num_right, len(held_out))
+        found[name] = {"accuracy": num_right / len(held_out), "low": low, "high": high}
+        print(f"{name}: {num_right / len(held_out):.1%} ({low:.1%} to {high:.1%})")
+    return found
 
 
 def kuroshio(*words: str) -> None:

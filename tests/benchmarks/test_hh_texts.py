@@ -15,7 +15,7 @@ from benchmarks.inputs.hh_texts import (
     first_question,
     is_held_out,
     is_in_turns,
-    read_held_out,
+    read_answers,
     read_texts,
     read_turns,
     write_hh_files,
@@ -58,10 +58,11 @@ def test_held_out_prompts_are_in_no_training_text(small: Path, tmp_path: Path) -
     assert counts["pairs"] == 40 and 0 < counts["pairs_held_out"] < 40
     assert counts["instructions_left_out"] == 1
     texts = list(read_texts(small, tmp_path / "data"))
-    held_out = read_held_out(small)
-    assert len(held_out) == 2 * counts["pairs_held_out"]
-    assert find_leaks(held_out, texts) == []
-    assert find_leaks([*held_out, "short"], [*texts, held_out[3] + " short"]) == [held_out[3]]
+    train, held_out = read_answers(small)
+    assert len(held_out) == counts["pairs_held_out"] == 40 - len(train)
+    assert find_leaks(held_out, texts) == [] and len(find_leaks(train, texts)) == 2 * len(train)
+    leaked = held_out[3][1].strip()
+    assert find_leaks([*held_out, ("short", "")], [*texts, leaked + " short"]) == [leaked]
     together = "\n".join(texts)
     assert "a page" in together and "an article" in together and "bake bread" in together
     questions = [f"question {i}?" for i in range(20)]
