@@ -79,7 +79,8 @@ def apply_peft(
     if head is not None:
         # peft's own way for classifiers trains a copy of the head, which ZeRO-3 cannot split.
         settings.task_type, settings.modules_to_save = None, None
-        settings.exclude_modules = HEAD if settings.target_modules == ALL_LINEAR else None
+        targets = settings.target_modules or ()
+        settings.exclude_modules = HEAD if targets == ALL_LINEAR or HEAD in targets else None
     settings.base_model_name_or_path = base
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = [end.weight for end in ends if end is not None]
