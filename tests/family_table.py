@@ -12,17 +12,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Conv1D, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, Conv1D, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from family_models import TINY, VOCAB, tiny_model  # noqa: E402
+from family_models import TINY, VOCAB, tiny_config, tiny_model  # noqa: E402
 
 from trainer.models.attention import DOCUMENTS, isolated_documents  # noqa: E402
-from trainer.models.families import FAMILIES, REMOTE_FAMILIES  # noqa: E402
+from trainer.models.families import FAMILIES, REMOTE_FAMILIES, isolates_documents  # noqa: E402
 from trainer.models.head import supports_fused_head  # noqa: E402
 from trainer.models.router import router_loss_coefficient  # noqa: E402
+from trainer.models.scalar_model import ScalarModel, install_score_head  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -74,6 +76,48 @@ def measure_leak(model: PreTrainedModel) -> float:
     return float((logits[0] - logits[1])[untouched].abs().max())
 
 
+def tiny_classifier(variant: str) -> PreTrainedModel | None:
+    """Return a random one-label classifier of a variant, None where transformers has none."""
+    config = tiny_config(variant, num_labels=1)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def measure_scores(variant: str) -> float | None:
+    """Return how far our scores of packed documents are from transformers' of each alone.
+
+    Where documents cannot be packed, they are padded. None: there is no such model.
+    """
+    model = tiny_classifier(variant)
+    if model is None:
+        return None
+    ids, position_ids, _ = packed_rows()
+    ends = torch.tensor(LENGTHS).cumsum(1) - 1
+    places = [
+        (row, int(end), n) for row in (0, 1) for end, n in zip(ends[row], LENGTHS[row], strict=True)
+    ]
+    alone = [model(ids[r, end - n + 1 : end + 1][None]).logits[0, 0] for r, end, n in places]
+    selected = (ends + torch.tensor([[0], [ids.shape[1]]])).flatten()
+    if not isolates_documents(model.config.to_dict()):
+        width = max(n for _, _, n in places)
+        padded = torch.zeros(len(places), width, dtype=torch.long)
+        for number, (row, end, n) in enumerate(places):
+            padded[number, :n] = ids[row, end - n + 1 : end + 1]
+        selected = torch.tensor([number * width + n - 1 for number, (_, _, n) in enumerate(places)])
+        ids, position_ids = padded, torch.arange(width).expand_as(padded)
+    install_score_head(model)
+    scores = ScalarModel(model)(ids, position_ids, selected)
+    return float((scores - torch.stack(alone)).abs().max())
+
+
 def linear_layers(model: PreTrainedModel) -> set[str]:
     """Return the last names of the linear layers inside the decoder's layers."""
     head = model.get_output_embeddings()
@@ -93,6 +137,7 @@ class Row:
     fused: bool
     router: bool
     linear: frozenset[str]
+    score_error: float | None
 
 
 def measure(variant: str) -> Row:
@@ -104,6 +149,7 @@ def measure(variant: str) -> Row:
         fused=supports_fused_head(copy.deepcopy(model)),
         router=router_loss_coefficient(model.config) > 0,
         linear=frozenset(linear_layers(model)),
+        score_error=measure_scores(variant),
     )
 
 
@@ -120,7 +166,9 @@ def describe(model_type: str, rows: list[Row]) -> str:
     loss = either(["fused" if row.fused else "plain" for row in rows])
     router = " + router" if rows[0].router else ""
     targets = " ".join(t for t in family.lora_targets if any(t in row.linear for row in rows))
-    cells = [f"`{model_type}`", family.models, packed, loss + router, targets, family.remark]
+    reward = "no" if rows[0].score_error is None else "yes"
+    name = f"`{model_type}`"
+    cells = [name, family.models, packed, loss + router, reward, targets, family.remark]
     return "| " + " | ".join(cells) + " |"
 
 

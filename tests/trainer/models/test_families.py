@@ -17,7 +17,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.models.attention import use_document_attention
+from trainer.config import ModelConfig
+from trainer.errors import ConfigError
+from trainer.models.attention import isolated_documents, use_document_attention
 from trainer.models.families import (
     ALL_LINEAR,
     FAMILIES,
@@ -27,6 +29,7 @@ from trainer.models.families import (
 )
 from trainer.models.head import FusedHead, install_fused_head, supports_fused_head
 from trainer.models.language_model import LanguageModel
+from trainer.models.scalar_model import scalar_config
 from trainer.plan.flops import ModelShape
 
 every_variant = pytest.mark.parametrize("variant", TINY)
@@ -52,6 +55,38 @@ def test_the_page_is_up_to_date(rows: dict[str, Row]) -> None:
     assert PAGE.read_text(encoding="utf-8") == page(rows), (
         "docs/models.md differs from what the models do: run `python tests/family_table.py --write`"
     )
+
+
+@every_variant
+def test_packed_scores_are_those_of_plain_transformers(rows: dict[str, Row], variant: str) -> None:
+    error = rows[variant].score_error
+    if error is None:
+        config = tiny_config(variant)
+        model = ModelConfig(variant, architecture={"model_type": config.model_type})
+        with pytest.raises(ConfigError, match=f"no sequence classifier for .*{config.model_type}"):
+            scalar_config(model, VOCAB, {})
+    else:
+        assert error < 2e-5
+
+
+@every_variant
+def test_log_probabilities_are_those_of_the_logits(variant: str) -> None:
+    model = make_language_model(variant).eval()
+    input_ids, position_ids, labels = packed_rows()
+    labels[:, ::3] = -100
+    if not isolates_documents(model.decoder.config.to_dict()):
+        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    with isolated_documents(model.decoder, position_ids) as mask:
+        inputs = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        every = (model.decoder(input_ids=input_ids, **inputs).logits / 0.7).log_softmax(-1)
+    chosen, targets = labels[:, 1:] != -100, labels[:, 1:]
+    rows = every[:, :-1][chosen]
+    logps, entropies = model(
+        input_ids, position_ids, labels, output="logps", temperature=0.7, with_entropy=True
+    )
+    expected = rows.gather(1, targets[chosen][:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(entropies, -(rows.exp() * rows).sum(1), rtol=1e-5, atol=2e-5)
 
 
 def test_every_family_has_a_model() -> None:

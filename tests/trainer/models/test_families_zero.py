@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from family_models import SIZES, TINY
+from family_models import SIZES, TINY, tiny_config
 from peft import PeftModel
 from training_support import largest_difference, read_losses, read_masters, run_scenarios
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from launch import export
 
@@ -113,3 +114,42 @@ def test_the_export_is_the_trained_model(folder: Path, variant: str) -> None:
     assert params.keys() == masters.keys()
     for name, master in masters.items():
         assert torch.equal(params[name][: len(master)], master[: len(params[name])]), name
+
+
+SCORED = [
+    variant
+    for variant in TINY
+    if type(tiny_config(variant)) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+]
+
+
+@pytest.fixture(scope="module")
+def judged(folder: Path, preference_config: dict[str, Any]) -> Path:
+    """Make reward models of all families under both stages; export classifiers."""
+    configs = []
+    for variant in SCORED:
+        for stage in (0, 3):
+            config = make_tuning(preference_config, variant, stage, folder)
+            config["run_dir"] = str(folder / f"{variant}_judged_{stage}")
+            configs.append(config | {"peft": {"mode": "full"}})
+    for run_dir in run_all(configs, folder):
+        export.main([str(run_dir), str(run_dir / "model")])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", SCORED)
+def test_reward_models_train_alike_and_are_plain_classifiers(judged: Path, variant: str) -> None:
+    whole, split = judged / f"{variant}_judged_0", judged / f"{variant}_judged_3"
+    losses, others = read_losses(whole), read_losses(split)
+    assert losses == {step: pytest.approx(others[step], rel=1e-5) for step in losses}
+    assert largest_difference(read_masters(whole), read_masters(split)) < 2e-5
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        split / "model", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    masters, params = read_masters(split), dict(model.named_parameters())
+    assert params.keys() == masters.keys()
+    for name, master in masters.items():
+        assert torch.equal(params[name], master), name
+    assert model.config.pad_token_id == 0 and params["score.weight"].shape[0] == 1
