@@ -47,10 +47,24 @@ def main() -> None:
         output_dir=case["out"],
     )
     shared["remove_unused_columns"] = False
+    find_packages()
     if case["peer"] == "llamafactory":
         run_llama_factory(case, shared, callback)
     else:
         {"dpo": run_trl_dpo, "reward": run_trl_reward}[case["stage"]](case, shared, callback)
+
+
+def find_packages() -> None:
+    """Let TRL know which packages are missing.
+
+    TRL 0.24 asks transformers, which since version 5 answers with a pair, and takes a pair that
+    says no for a yes.
+    """
+    import trl.import_utils as found
+
+    for name, value in list(vars(found).items()):
+        if name.endswith("_available") and isinstance(value, tuple):
+            setattr(found, name, value[0])
 
 
 def count_pairs(turns: Turns, inputs: dict[str, Any]) -> None:
