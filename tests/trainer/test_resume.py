@@ -95,6 +95,16 @@ def test_killed_reward_model_resumes_bit_exactly(vary_preferences: Vary, tmp_pat
     assert unbroken["state"]["reward_stats"]["num"] > 10
 
 
+def test_killed_preference_learning_resumes_bit_exactly(vary_dpo: Vary, tmp_path: Path) -> None:
+    """With a baseline of mismatched answers, and with a reference that goes through the engine."""
+    kto = {"name": "kto", "beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    engines = {
+        "zero2": {**ENGINES["zero2"], "stage__objective": kto},
+        "zero3": {**ENGINES["zero3"], "stage__reference": "streaming"},
+    }
+    kill_and_resume(vary_dpo, tmp_path, engines)
+
+
 @pytest.mark.usefixtures("cpu_adam")
 def test_killed_run_resumes_bit_exactly_with_cpu_offload(vary: Vary, tmp_path: Path) -> None:
     kill_and_resume(vary, tmp_path, {"zero0": ENGINES["zero0"], **OFFLOADED})
