@@ -17,6 +17,7 @@ from trainer.errors import ConfigError
 from trainer.losses.cross_entropy import IGNORE_INDEX, cross_entropy_sum, next_token_targets
 from trainer.models.head import (
     FusedHead,
+    causal_lm_logps,
     causal_lm_loss,
     install_fused_head,
     supports_fused_head,
@@ -195,7 +196,7 @@ def test_lora_models_give_their_own_loss(targets: list[str]) -> None:
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
 
 
-def zero_gradient_errors(zero_stage: int, tied: bool) -> dict[str, float]:
+def zero_gradient_errors(zero_stage: int, tied: bool, output: str) -> dict[str, float]:
     """Return each gradient's largest relative error under DeepSpeed against a plain model."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
@@ -206,6 +207,8 @@ def zero_gradient_errors(zero_stage: int, tied: bool) -> dict[str, float]:
             self.model = model
 
         def forward(self, *batch: Tensor) -> Tensor:
+            if output == "logps":
+                return -causal_lm_logps(self.model, *batch).sum()
             return causal_lm_loss(self.model, *batch)
 
     model = make_model(tied)
@@ -226,7 +229,12 @@ def zero_gradient_errors(zero_stage: int, tied: bool) -> dict[str, float]:
     }
 
 
-ZERO_CASES = [(2, False), (2, True), (3, False), (3, True)]
+ZERO_CASES = [
+    (stage, tied, output)
+    for output in ("loss", "logps")
+    for stage in (2, 3)
+    for tied in (False, True)
+]
 
 
 @pytest.fixture(scope="module")
@@ -249,13 +257,11 @@ def zero_errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
     return json.loads(result.read_text())
 
 
-@pytest.mark.parametrize(
-    "case", range(4), ids=["zero2-untied", "zero2-tied", "zero3-untied", "zero3-tied"]
-)
+@pytest.mark.parametrize("case", range(len(ZERO_CASES)))
 def test_gradients_under_zero_equal_the_plain_ones(
     zero_errors: list[dict[str, float]], case: int
 ) -> None:
-    _, tied = ZERO_CASES[case]
+    _, tied, _ = ZERO_CASES[case]
     assert len(zero_errors[case]) == len(list(make_model(tied).parameters()))
     assert max(zero_errors[case].values()) < 1e-5, zero_errors[case]
 
