@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.inputs.dpo_figures import tabulate_dpo  # noqa: E402
 from benchmarks.inputs.hh_figures import (  # noqa: E402
     held_out,
     plot_reward,
@@ -55,6 +56,7 @@ def main() -> None:
     counts = prepare(options.data_root, out)
     tune(out, shared)
     results = {"counts": counts, "reward": rank(out, shared), "rules": judge(options.data_root)}
+    results["dpo"] = prefer(out, shared)
     results["ppo"] = reinforce(out, shared)
     print(f"\n{time.time() - start:.0f} s\n")
     print(json.dumps(results))
@@ -105,6 +107,19 @@ def rank(out: Path, shared: list[str]) -> dict[str, Any]:
     print(f"\nreward model, {rows[-1]['num_pairs']} held-out pairs:\n\n{tabulate_reward(rows)}")
     print(f"\ntraining accuracy at the end {last['accuracy']:.1%}; plot {out}/reward.svg")
     return {"held_out": rows, "train": last}
+
+
+def prefer(out: Path, shared: list[str]) -> dict[str, Any]:
+    """Train and export a policy by DPO; return its held-out figures."""
+    run = out / "dpo"
+    kuroshio("run", "experiment=hh_dpo", *shared, f"model.path={out}/sft_model", f"run_dir={run}")
+    export(run, out / "dpo_model")
+    kuroshio("report", str(run))
+    plot_reward(run, out / "dpo.svg")
+    rows = held_out(run)
+    print(f"\nDPO, {rows[-1]['num_pairs']} held-out pairs:\n\n{tabulate_dpo(rows)}")
+    print(f"\nplot {out}/dpo.svg")
+    return {"held_out": rows, "train": read_records(run, "train")[-1]}
 
 
 def reinforce(out: Path, shared: list[str]) -> dict[str, Any]:
