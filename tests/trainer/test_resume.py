@@ -96,13 +96,16 @@ def test_killed_reward_model_resumes_bit_exactly(vary_preferences: Vary, tmp_pat
 
 
 def test_killed_preference_learning_resumes_bit_exactly(vary_dpo: Vary, tmp_path: Path) -> None:
-    """With a baseline of mismatched answers, and with a reference that goes through the engine."""
+    """With KTO's baseline of mismatched answers, whose reference is cached."""
     kto = {"name": "kto", "beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-    engines = {
-        "zero2": {**ENGINES["zero2"], "stage__objective": kto},
-        "zero3": {**ENGINES["zero3"], "stage__reference": "streaming"},
-    }
+    engines = {"zero2": {**ENGINES["zero2"], "stage__objective": kto}}
     kill_and_resume(vary_dpo, tmp_path, engines)
+
+
+@pytest.mark.slow
+def test_killed_run_with_a_reference_in_its_engine_resumes(vary_dpo: Vary, tmp_path: Path) -> None:
+    streaming = {**ENGINES["zero3"], "stage__reference": "streaming"}
+    kill_and_resume(vary_dpo, tmp_path, {"zero3": streaming})
 
 
 @pytest.mark.usefixtures("cpu_adam")
