@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens, fused with the vocabulary projection.
 
-``linear_logps`` never holds the logits of all tokens, neither in forward nor for backward, which
-computes each chunk's again. What becomes of a log-probability (a ratio, a margin between two
-answers) is only known once all are there, so the gradient cannot be made beside the value.
+What becomes of a log-probability (a ratio, a margin between two answers) is only known once all
+are there, so the gradient cannot be made beside the value, as a loss's can. ``linear_logps`` works
+through chunks of tokens; for backward it keeps the logits of the first ``KEPT_BYTES`` and computes
+the others again, chunk by chunk. Its memory above the gradients themselves is a constant.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from trainer.losses.vocabulary import (
     storage_scale,
     wide_dtype,
 )
+
+KEPT_BYTES = 64 * 2**20  # logits kept for backward, which saves one of four products
 
 
 def linear_logps(
@@ -49,7 +52,7 @@ def linear_logps(
         RuntimeError: when a target is no real row (on CUDA, as a device-side assertion).
     """
     logps, entropies = _LinearLogps.apply(
-        hidden, weight, targets, num_real_rows, temperature, with_entropy
+        hidden, weight, targets, num_real_rows, temperature, with_entropy, torch.is_grad_enabled()
     )
     return (logps, entropies) if with_entropy else logps
 
@@ -89,10 +92,13 @@ class _LinearLogps(torch.autograd.Function):
         num_real_rows: int | None,
         temperature: float,
         with_entropy: bool,
+        has_backward: bool,
     ) -> tuple[Tensor, Tensor]:
         real = weight[:num_real_rows]
         logps = torch.zeros_like(targets, dtype=wide_dtype(hidden.dtype))
         entropies = torch.zeros_like(logps)
+        kept: list[Tensor] = []
+        room = KEPT_BYTES if has_backward else 0
         for index in cut_chunks(torch.arange(len(targets), device=targets.device), real):
             rows = fill_chunk(index, hidden)
             logits = multiply(hidden[rows], real.T)
@@ -102,10 +108,13 @@ class _LinearLogps(torch.autograd.Function):
                 logps[here] = every.gather(1, targets[here, None]).squeeze(1)
                 if with_entropy:
                     entropies[here] = every.exp().mul_(every).sum(1).neg_()
+            room -= logits.numel() * logits.itemsize
+            if room >= 0:
+                kept.append(logits)
             del logits  # before the next chunk's are made
         # By reference: a weight that ZeRO-3 splits after forward is whole again for backward.
         ctx.save_for_backward(hidden, weight, targets, logps, entropies)
-        ctx.num_real_rows, ctx.temperature = num_real_rows, temperature
+        ctx.num_real_rows, ctx.temperature, ctx.kept = num_real_rows, temperature, kept
         if not with_entropy:
             ctx.mark_non_differentiable(entropies)
         ctx.set_materialize_grads(True)
@@ -129,8 +138,10 @@ class _LinearLogps(torch.autograd.Function):
             states, wanted = hidden[rows], targets[rows]
             factors = torch.stack([logp_grads[rows], entropy_grads[rows]]) * scale
             factors[:, num_tokens:] = 0
+            # Overwritten, so that another backward through the same graph computes them again.
+            logits = ctx.kept.pop(0) if ctx.kept else multiply(states, real.T)
             grads, at_target = _logit_gradients(
-                multiply(states, real.T), wanted, logps[rows], entropies[rows], factors,
+                logits, wanted, logps[rows], entropies[rows], factors,
                 ctx.temperature, hidden.dtype,
             )  # fmt: skip
             if hidden_grad is not None:
@@ -139,10 +150,10 @@ class _LinearLogps(torch.autograd.Function):
             if weight_grad is not None:
                 add_mixed_rows(weight_grad, grads, states)
                 weight_grad.index_put_((wanted,), at_target * states, accumulate=True)
-            del grads
+            del grads, logits
         undone = 1 / (scale * ctx.temperature)
         results = [scale_gradient(x, undone, hidden.dtype) for x in (hidden_grad, weight_grad)]
-        return *results, None, None, None, None
+        return *results, None, None, None, None, None
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

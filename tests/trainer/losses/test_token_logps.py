@@ -102,6 +102,7 @@ def test_error_is_no_larger_than_that_of_plain_logits(
     hidden = torch.randn(num_tokens, dim, generator=generator).to(dtype)
     factors = torch.randn(num_tokens, generator=generator, dtype=torch.float64)
     monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 200 * vocab * dtype.itemsize)
+    monkeypatch.setattr(token_logps, "KEPT_BYTES", 300 * vocab * dtype.itemsize)  # one chunk
 
     def run(compute: Callable[..., Tensor], run_dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(run_dtype, copy=True).requires_grad_() for x in (hidden, weight)]
@@ -132,10 +133,12 @@ def test_fp16_keeps_small_gradients_under_a_loss_scale() -> None:
     assert weight.grad[1].item() == pytest.approx(expected, rel=2e-3)
 
 
-def test_logits_are_made_again_for_backward_and_never_all_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kept", [0, 12, 100])
+def test_logits_beyond_a_constant_are_made_again_for_backward(
+    monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr(token_logps, "KEPT_BYTES", kept * 4 * VOCAB)
     multiply, num_tokens = token_logps.multiply, []
 
     def record(left: Tensor, right: Tensor) -> Tensor:
@@ -146,8 +149,15 @@ def test_logits_are_made_again_for_backward_and_never_all_at_once(
     hidden, weight, targets = make_inputs(torch.float32)
     logps = linear_logps(hidden, weight, targets)
     assert sum(num_tokens) == NUM_TOKENS and max(num_tokens) <= 5
+    logps.sum().backward(retain_graph=True)
+    known = {0: 0, 12: 10, 100: NUM_TOKENS}[kept]  # whole chunks of at most 5 tokens
+    assert sum(num_tokens) == 2 * NUM_TOKENS - known and max(num_tokens) <= 5
+    once = weight.grad.clone()
     logps.sum().backward()
-    assert sum(num_tokens) == 2 * NUM_TOKENS and max(num_tokens) <= 5
+    torch.testing.assert_close(weight.grad, 2 * once)
+    with torch.no_grad():
+        again = linear_logps(hidden, weight, targets)
+    assert torch.equal(again, logps)
 
 
 def test_only_asked_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
