@@ -22,10 +22,9 @@ LAYERS: list[list[str]] = [
         "trainer.signals",
         "trainer.environment",
         "trainer.inference",
-        "trainer.rollout",
         "trainer.sequence_logps",
     ],
-    ["trainer.model_parts"],
+    ["trainer.model_parts", "trainer.rollout"],
     [
         "trainer.loop",
         "trainer.policy",

@@ -228,7 +228,7 @@ def test_reward_rises_on_three_seeds(
 ) -> None:
     scenarios = []
     for seed in range(3):
-        values = vary_ppo(tmp_path / str(seed), loop__max_steps=25, loop__micro_batch_size=8)
+        values = vary_ppo(tmp_path / str(seed), loop__max_steps=30, loop__micro_batch_size=8)
         values["loop"]["seed"] = seed
         values["stage"] = stage_of(
             rewards={"contains": {"texts": ["e"]}},
@@ -240,6 +240,7 @@ def test_reward_rises_on_three_seeds(
             score__missing_eos_penalty=0.0,
         )
         values["optim"]["lr"] = 3e-3
+        values["schedule"] = {"name": "constant"}
         scenarios.append({"config": values})
     run(scenarios, 1, tmp_path)
     for seed in range(3):
