@@ -108,6 +108,17 @@ def test_whitening_is_over_all_ranks_shares() -> None:
     torch.testing.assert_close(white, expected)
 
 
+def test_whitening_equals_trl() -> None:
+    values = torch.tensor([1.0, 2.0, -0.5, 0.25, 3.0, -1.5], dtype=torch.float64)
+    # What TRL 0.24.0's masked_whiten makes of them as three padded rows of 3, 1 and 2 tokens.
+    expected = [
+        *[0.17716125954409642, 0.7845712922667127, -0.7339537895398283],
+        *[-0.27839626499786585, 1.3919813249893291, -1.3413638222624447],
+    ]
+    found = whiten(values, *mean_and_variance(moments(values)))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
 def test_whitening_of_equal_values_is_zero() -> None:
     values = torch.full((3,), 2.5)
     assert not whiten(values, *mean_and_variance(moments(values))).any()
