@@ -81,6 +81,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         started = start_variants(args, Path(folder))
         groups = [stack.enter_context(group) for group in started]
+        if not groups:
+            raise SystemExit("none of these variants can run here")
         figures = take_turns(groups, args.turns)
         for group in groups:
             figures[group.name]["parts_s"] = parts(group.reports)

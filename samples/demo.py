@@ -60,6 +60,8 @@ PREFERENCES = [
     "loop.log_every=5",
     "model=folder",
 ]
+# The chosen answers' own loss keeps them likely, and so right; without it both answers get unlikelier.
+DPO = ["stage=dpo", "stage.nll_weight=1", "loop.epochs=2", "optim.lr=2e-4"]
 PPO = [
     "engine=zero2",
     "cluster.gpus_per_node=2",
@@ -139,7 +141,7 @@ def tune_by_preferences(out: Path, store: str) -> None:
     pairs = [*PREFERENCES, store, start]
     kuroshio("run", "stage=reward", *pairs, "optim.lr=1e-3", f"run_dir={out}/reward")
     export(out / "reward", out / "reward_model")
-    kuroshio("run", "stage=dpo", *pairs, "loop.epochs=2", "optim.lr=3e-4", f"run_dir={out}/dpo")
+    kuroshio("run", *DPO, *pairs, f"run_dir={out}/dpo")
     export(out / "dpo", out / "dpo_model")
     judge = f"+stage.rewards.manners={{kind: model, path: {out}/reward_model}}"
     kuroshio("run", *PPO, store, start, judge, f"run_dir={out}/ppo")

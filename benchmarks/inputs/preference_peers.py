@@ -112,8 +112,10 @@ def run_trl_dpo(case: dict[str, Any], shared: dict[str, Any], callback: TurnCall
     examples = json.loads(Path(case["examples"]).read_text(encoding="utf-8"))
     keys = ("prompt", "chosen", "rejected")
     rows = [{key: example[key] for key in keys} for example in examples]
+    model = AutoModelForCausalLM.from_pretrained(case["model"])
+    model.warnings_issued = {}  # TRL 0.24 writes into what transformers 5 no longer has
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(case["model"]),
+        model=model,
         args=DPOConfig(
             **shared,
             max_length=None,

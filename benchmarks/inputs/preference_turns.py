@@ -55,6 +55,8 @@ def compare(args: argparse.Namespace, stage: str, values_of: Values) -> None:
                 continue
             environ = place_of_ranks(1) | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
             groups.append(stack.enter_context(RankGroup(variant, command, environ, folder)))
+        if not groups:
+            raise SystemExit("none of these variants can run here")
         figures = take_turns(groups, args.turns)
     describe(figures)
     options = {key: str(value) for key, value in vars(args).items()}
