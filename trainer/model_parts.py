@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -126,17 +125,11 @@ class Parts:
 
     def load_policy(self, config: PretrainedConfig) -> LanguageModel:
         """Load the causal language model that is trained."""
-        adapted = self._tune(self._load_language(config), self._peft)
-        self._keep_settings(adapted)
-        self._save_activations(adapted)
-        return LanguageModel(adapted, self._num_tokens)
+        return LanguageModel(self._train(self._load_language(config)), self._num_tokens)
 
     def load_scalar(self, model: ModelConfig, config: PretrainedConfig) -> ScalarModel:
         """Load the classifier that is trained; a head that it lacks starts small."""
-        adapted = self._tune(self._load_scalar(model, config), self._peft)
-        self._keep_settings(adapted)
-        self._save_activations(adapted)
-        return ScalarModel(adapted)
+        return ScalarModel(self._train(self._load_scalar(model, config)))
 
     def load_actor(
         self, config: PretrainedConfig, *, switched: bool
@@ -148,7 +141,7 @@ class Parts:
             switched: whether its adapters are to be switched, for the reference.
         """
         peft = dataclasses.replace(self._peft, dropout=0.0)
-        adapted = self._tune(self._load_language(_still(config)), peft)
+        adapted = self._tune(self._load_language(without_dropout(config)), peft)
         self._keep_settings(adapted)
         switch = None
         if switched:
@@ -160,10 +153,10 @@ class Parts:
 
     def load_reference(self, config: PretrainedConfig) -> LanguageModel:
         """Load a frozen copy of the policy's start."""
-        model = self._load_language(_still(config))
+        model = self._load_language(without_dropout(config))
         if self._peft.adapter:
             model = self._tune(model, dataclasses.replace(self._peft, dropout=0.0))
-        return LanguageModel(_freeze(model), self._num_tokens)
+        return LanguageModel(model.requires_grad_(False), self._num_tokens)
 
     def load_critic(
         self, model: ModelConfig, config: PretrainedConfig, *, own: bool
@@ -178,7 +171,7 @@ class Parts:
         peft = dataclasses.replace(self._peft, dropout=0.0)
         if own:
             peft = dataclasses.replace(peft, adapter=None)
-        classifier = self._load_scalar(model, _still(config), zero=True)
+        classifier = self._load_scalar(model, without_dropout(config), zero=True)
         adapted = self._tune(classifier, peft, model.path, self._config.loop.seed + 1)
         self._save_activations(adapted)
         return ScalarModel(adapted)
@@ -194,7 +187,7 @@ class Parts:
                 f"rewards.{model.name}: {model.path} is a language model without a trained score "
                 "head; give an exported reward model"
             )
-        return ScalarModel(_freeze(self._load_scalar(model, _still(config))))
+        return ScalarModel(self._load_scalar(model, without_dropout(config)).requires_grad_(False))
 
     def share_backbone(self, adapted: Any, config: PretrainedConfig) -> ScoreHead:
         """Give the actor's backbone an adapter for the critic.
@@ -259,15 +252,15 @@ class Parts:
         return loaded
 
     def _load(self, model: ModelConfig, config: PretrainedConfig, **kind: Any) -> Any:
-        return load_model(
-            model,
-            config,
-            DTYPES[self._precision],
-            self._config.loop.seed,
-            self._split,
-            self._quantization,
-            **kind,
-        )
+        dtype, seed = DTYPES[self._precision], self._config.loop.seed
+        return load_model(model, config, dtype, seed, self._split, self._quantization, **kind)
+
+    def _train(self, model: Any) -> Any:
+        """Tune the model group's only model."""
+        adapted = self._tune(model, self._peft)
+        self._keep_settings(adapted)
+        self._save_activations(adapted)
+        return adapted
 
     def _tune(
         self, model: Any, peft: PeftConfig, base: str | None = None, seed: int | None = None
@@ -294,17 +287,6 @@ class Parts:
                 options["context_fn"] = switch.checkpoint_contexts
             adapted.gradient_checkpointing_enable(options)
             adapted.enable_input_require_grads()
-
-
-def _still(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a config without dropout."""
-    still = copy.deepcopy(config)
-    still.update(without_dropout(config.to_dict()))
-    return still
-
-
-def _freeze(model: Any) -> Any:
-    return model.requires_grad_(False).eval()
 
 
 def _in_turn(context: Context, work: Callable[[], T]) -> T:

@@ -7,11 +7,13 @@ offloaded like trained ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from trainer.models.adapter_switch import AdapterSwitch
 from trainer.models.language_model import LanguageModel
@@ -43,11 +45,6 @@ class PreferencePolicy(nn.Module):
         super().__init__()
         self.actor, self.reference = actor, reference
         self.switch, self.reference_adapter = switch, reference_adapter
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether ``part="reference"`` can be computed."""
-        return self.reference is not None or self.switch is not None
 
     def forward(self, part: str = "actor", **inputs: Any) -> Tensor | tuple[Tensor, ...]:
         """Run one part.
@@ -159,17 +156,14 @@ def policy_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int
     return {n: shape for n, shape in shapes.items() if not n.startswith(f"{CRITIC}.")}
 
 
-def without_dropout(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a model's config that set a dropout, set to 0.
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a model's config in which every dropout is 0.
 
     A ratio of two probabilities of the same answer would otherwise also measure the dropout.
-
-    Args:
-        settings: ``config.to_dict()``.
     """
     words = ("dropout", "pdrop", "layerdrop")
-    return {
-        key: type(value)(0)
-        for key, value in settings.items()
-        if type(value) in (int, float) and any(word in key for word in words)
-    }
+    still = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if type(value) in (int, float) and any(word in key for word in words):
+            setattr(still, key, type(value)(0))
+    return still
