@@ -88,13 +88,9 @@ def deal(
     rows = pack(samples, numbers, layout)
     unit = layout.world_size * layout.micro_batch_size
     for start in range(0, len(rows), unit):
-        first = start + layout.rank * layout.micro_batch_size
-        yield lay_out(samples, rows[first : first + layout.micro_batch_size], layout)
-
-
-def num_batches(samples: Sequence[Sample], numbers: Sequence[int], layout: Layout) -> int:
-    """Return how many micro-batches ``deal`` yields."""
-    return -(-len(pack(samples, numbers, layout)) // (layout.world_size * layout.micro_batch_size))
+        # In turn: where rows do not fill all ranks' batches, each rank gets its share of them.
+        own = rows[start : start + unit][layout.rank :: layout.world_size]
+        yield lay_out(samples, own, layout)
 
 
 def pack(samples: Sequence[Sample], numbers: Sequence[int], layout: Layout) -> list[list[int]]:

@@ -20,9 +20,9 @@ from trainer.rollout.answer_rows import AnswerBatch, Layout, deal
 from trainer.rollout.collection import run_update
 from trainer.rollout.experience import Experience
 
+ACTOR = "actor."  # part of the names of the policy's parameters in the engine
 # Largest |log ratio| before the first update: rows are packed otherwise than when the responses
 # were scored, and sums of low precision then differ in their last bits, most for unlikely tokens.
-ACTOR = "actor."  # part of the names of the policy's parameters in the engine
 RATIO_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
 
 
@@ -99,6 +99,11 @@ class Update:
         Raises:
             NumericsError: the policy that learns is not the one that was asked before.
         """
+        # A rank may get nothing but batches that fill up, yet all ranks must record the same names.
+        nothing = torch.zeros((), device=self.engine.device)
+        self._add(0, policy_loss=nothing, clip_fraction=nothing)
+        if self.experience.returns is not None:
+            self._add(0, value_loss=nothing, value_clip_fraction=nothing)
         for index, minibatch in enumerate(self._minibatches(key)):
             self._furthest = torch.zeros((), device=self.engine.device) if not index else None
             self._optimize(step, lr, minibatch, with_actor)

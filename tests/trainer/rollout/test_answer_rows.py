@@ -72,3 +72,9 @@ def test_rows_of_a_batch_are_as_wide_as_their_longest() -> None:
     samples = [Sample([1], [2] * n) for n in (1, 3, 30)]
     widths = [b.input_ids.shape[1] for b in deal(samples, range(3), Layout(64, 1, False, 0))]
     assert widths == [32, 8, 8]
+
+
+def test_few_rows_are_shared_by_all_ranks() -> None:
+    samples = make_samples(5)
+    dealt = [list(deal(samples, range(5), Layout(32, 4, False, 0, rank, 3))) for rank in range(3)]
+    assert [[len(batch.samples) for batch in own] for own in dealt] == [[2], [2], [1]]

@@ -20,6 +20,7 @@ from trainer.rollout.update import ACTOR, Update, UpdateConfig
 SAMPLES = [Sample([1, 2], [3] * length) for length in (2, 4, 1, 3, 5)]
 LENGTHS = torch.tensor([len(sample.response) for sample in SAMPLES])
 NUM = int(LENGTHS.sum())
+LAYOUT = Layout(16, 1, False, 0)
 
 
 @dataclass
@@ -54,7 +55,15 @@ class OneNumber:
         return False
 
 
-def make_update(engine: Any, old: float, *, with_critic: bool = True, **config: Any) -> Update:
+def make_update(
+    engine: Any,
+    old: float,
+    *,
+    with_critic: bool = True,
+    layout: Layout = LAYOUT,
+    bag: MetricBag | None = None,
+    **config: Any,
+) -> Update:
     """Return an update on five responses that were scored with log-probability ``old``."""
     values = torch.full((NUM,), 0.5) if with_critic else None
     flat = torch.full((NUM,), old)
@@ -65,10 +74,10 @@ def make_update(engine: Any, old: float, *, with_critic: bool = True, **config: 
         engine,
         experience,
         UpdateConfig(**config),
-        Layout(16, 1, False, 0),
+        layout,
         temperature=1.0,
         loss_kl_coef=0.0 if with_critic else 0.25,
-        bag=MetricBag(),
+        bag=bag or MetricBag(),
         guard=FiniteGuard(),
     )
 
@@ -118,3 +127,18 @@ def test_another_policy_before_the_first_update_is_refused(old: float) -> None:
     update = make_update(OneNumber(), old)
     with pytest.raises(NumericsError, match=r"largest \|log ratio\| (0.01|nan) on rank 0"):
         update.run(0, 1e-3, "0", with_actor=True)
+
+
+@pytest.mark.parametrize("with_critic", [True, False])
+def test_a_rank_without_rows_records_what_others_do(with_critic: bool) -> None:
+    """Five short samples fit into one row: two ranks of three have nothing to learn from."""
+    names = []
+    for rank in range(3):
+        bag, layout = MetricBag(), Layout(64, 1, True, 0, rank, 3)
+        config = {"epochs": 1, "num_minibatches": 1, "with_critic": with_critic}
+        make_update(OneNumber(), -1.0, layout=layout, bag=bag, **config).run(
+            0, 1e-3, "0", with_actor=True
+        )
+        names.append(set(bag.drain(lambda sums: sums)))
+    assert names[0] == names[1] == names[2]
+    assert "policy_loss" in names[0]
