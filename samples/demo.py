@@ -60,7 +60,7 @@ PREFERENCES = [
     "loop.log_every=5",
     "model=folder",
 ]
-# The chosen answers' own loss keeps them likely, and so right; without it both answers get unlikelier.
+# The chosen answers' own loss keeps them likely, and so right: without it both get less likely.
 DPO = ["stage=dpo", "stage.nll_weight=1", "loop.epochs=2", "optim.lr=2e-4"]
 PPO = [
     "engine=zero2",
@@ -69,12 +69,12 @@ PPO = [
     "data=prompt_samples",
     "data.max_length=64",
     "loop.micro_batch_size=16",
-    "loop.max_steps=40",
+    "loop.max_steps=30",
     "loop.log_every=5",
-    "loop.eval_every=20",
-    "optim.lr=3e-4",
+    "loop.eval_every=15",
+    "optim.lr=1e-4",
     "stage.sampling.max_new_tokens=48",
-    "stage.kl.coef=0.05",
+    "stage.kl.coef=0.2",
     "stage.update.epochs=2",
     "stage.update.num_minibatches=2",
     "stage.critic_lr_ratio=3",
