@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from trainer.inputs import tokenizer_path
 from trainer.losses.ppo import adapt_kl_coef
 from trainer.metrics.pairwise import count_scores
 from trainer.metrics.sinks import Sinks
+from trainer.models.identity import model_identity
 from trainer.policy import build_actor_critic
 from trainer.rollout.answer_rows import Layout
 from trainer.rollout.collection import Collector, Rollout, roll_out
@@ -88,8 +90,12 @@ class Ppo(PpoSettings, StoreStage):
         return [reward for reward in build_rewards(self.rewards) if isinstance(reward, ModelReward)]
 
     def describe_inputs(self) -> dict[str, str]:
-        """Return identities of everything the run reads, users' rules among it."""
-        return super().describe_inputs() | reward_inputs(build_rewards(self.rewards))
+        """Return identities of everything the run reads: reward models, users' rules, …"""
+        folders = {f"stage.rewards.{reward.name}.path": reward.path for reward in self._models}
+        if self.critic:
+            folders["stage.critic"] = self.critic
+        models = {key: model_identity(Path(path)) for key, path in folders.items()}
+        return super().describe_inputs() | models | reward_inputs(build_rewards(self.rewards))
 
     def setup(self, context: Context, sinks_step: int) -> Sinks:
         """Set up data and models; find what ends a response."""
@@ -176,17 +182,13 @@ class Ppo(PpoSettings, StoreStage):
             key=key,
         )
 
-    def _rewards(self, rollout: Rollout) -> Tensor:
-        """Return the weighted sum of all rewards: [samples] float64."""
-        scores = self._scorer.score(self.policy, rollout, self._layout)
-        for name, values in scores.items() if len(scores) > 1 else ():
-            self.bag.add(f"reward/{name}", float(values.mean()))
-        return self._scorer.total(scores)
-
     def _score(self, rollout: Rollout) -> tuple[Tensor, Tensor, Experience]:
         """Return rewards and what is paid, both [samples], and the experience made of them."""
         collector = Collector(self.policy, rollout.samples, self._layout)
-        rewards = self._rewards(rollout)
+        by_name = self._scorer.score(self.policy, rollout, self._layout)
+        for name, values in by_name.items() if len(by_name) > 1 else ():
+            self.bag.add(f"reward/{name}", float(values.mean()))
+        rewards = self._scorer.total(by_name)
         figures = collector.figures(self.sampling.temperature, with_critic=self.has_critic)
         self._statistics.update(rewards)
         scores = shape_scores(rewards, rollout.stopped, self._statistics.deviation, self.score)
@@ -242,7 +244,8 @@ class Ppo(PpoSettings, StoreStage):
             prompts = held_out_prompts(source, self.config.loop.eval_chars)
             rollout = self._roll_out(prompts, 1, (self.config.loop.seed, EVAL_STEP))
             collector = Collector(self.policy, rollout.samples, self._layout)
-            rewards = self._rewards(rollout)
+            by_name = self._scorer.score(self.policy, rollout, self._layout)
+            rewards = self._scorer.total(by_name)
             figures = collector.figures(self.sampling.temperature, with_critic=False)
             sources[name] = count_rollout(rollout, rewards, figures) | spread(rewards)
             self._show(sinks, step, name, rollout, rewards)

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from training_fixtures import varying
 from training_support import largest_difference, read_masters, run_scenarios
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from tokenizer.load import load_tokenizer, save_tokenizer
 from trainer.config import build, load_config
+from trainer.data.chats.chat import resolve_template
 from trainer.data.prepared.prepare import ensure_prepared
 from trainer.stages.ppo import Ppo
 
@@ -203,6 +208,43 @@ def test_it_trains_with_offload_and_adapters(
     vary_ppo: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     train_ways(FEW_WAYS, vary_ppo, tmp_path)
+
+
+@pytest.fixture
+def reward_model(ppo_config: dict[str, Any], tmp_path: Path) -> str:
+    """Return the folder of a random reward model with the run's tokenizer and template."""
+    config = load_config(ppo_config)
+    tokenizer = load_tokenizer(str(config.tokenizer.path))
+    tokenizer.chat_template = resolve_template(tokenizer, config.data.template)
+    model = AutoConfig.from_pretrained(config.model.path, num_labels=1, pad_token_id=0)
+    torch.manual_seed(0)
+    folder = tmp_path / "reward_model"
+    AutoModelForSequenceClassification.from_config(model).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return str(folder)
+
+
+def test_a_reward_model_scores_and_starts_the_critic(
+    vary_ppo: Callable[..., dict[str, Any]], reward_model: str, tmp_path: Path
+) -> None:
+    rewards = {
+        "judge": {"kind": "model", "path": reward_model, "weight": 2.0},
+        "length": {"high": 20, "weight": 0.5},
+    }
+    values = vary_ppo(tmp_path / "run", loop__max_steps=2, engine__zero_stage=3)
+    values["stage"] = stage_of(rewards=rewards, critic=reward_model, critic_lr_ratio=3.0)
+    run([{"config": values, "split_everything": 1}], 2, tmp_path)
+    for record in read_records(tmp_path / "run", "train"):
+        parts = 2.0 * record["reward/judge"] + 0.5 * record["reward/length"]
+        assert record["reward"] == pytest.approx(parts)
+    head = load_file(f"{reward_model}/model.safetensors")["score.weight"]
+    found = read_masters(tmp_path / "run")["critic.decoder.score.weight"]
+    assert 0 < (found - head).abs().max() < 0.1
+    # A reward model that changes under a run is found when the run goes on.
+    save_file({"score.weight": head * 2}, f"{reward_model}/model.safetensors")
+    values["loop"]["max_steps"] = 3
+    again = run_scenarios([{"config": values}], 2, tmp_path)
+    assert "stage.critic" in again.stdout and again.returncode
 
 
 @pytest.mark.slow
