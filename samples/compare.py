@@ -38,14 +38,12 @@ class Answers:
     Attributes:
         texts: what was said.
         sequences: token ids of prompt and answer, with the end token if the answer has one.
-        scored: the same, with what the chat template puts behind an answer that ended.
         prompt_lengths: tokens of each prompt.
         logps: log-probability of each answer under the model itself.
     """
 
     texts: list[str]
     sequences: list[list[int]]
-    scored: list[list[int]]
     prompt_lengths: list[int]
     logps: list[float]
 
@@ -59,7 +57,6 @@ class Answers:
 
 def draw_answers(model: ChatModel, questions: Sequence[str]) -> Answers:
     """Draw an answer to each question at temperature 1."""
-    from trainer.data.chats.chat import closing_ids
     from trainer.data.chats.conversation import Message
     from trainer.inference.decoding import Decoding
 
@@ -70,14 +67,10 @@ def draw_answers(model: ChatModel, questions: Sequence[str]) -> Answers:
         part = slice(start, start + SEQUENCES_AT_ONCE)
         model.run(prompts[part], streams[part], decoding, questions[part])
     sequences = [[*p, *s.token_ids] for p, s in zip(prompts, streams, strict=True)]
-    lengths, closing = [len(prompt) for prompt in prompts], closing_ids(model.tokenizer)
+    lengths = [len(prompt) for prompt in prompts]
     return Answers(
         texts=[" ".join(stream.text.split()) for stream in streams],
         sequences=sequences,
-        scored=[
-            [*ids, *closing] if stream.finish_reason == "stop" else ids
-            for ids, stream in zip(sequences, streams, strict=True)
-        ],
         prompt_lengths=lengths,
         logps=answer_logps(model.model, sequences, lengths),
     )
@@ -99,7 +92,10 @@ def answer_logps(
 
 
 def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Return a reward model's score of each sequence."""
+    """Return a reward model's score of each sequence, at its last token.
+
+    Reward models are trained to score an answer at the token that ends it.
+    """
     import torch
 
     with torch.inference_mode():
@@ -136,7 +132,7 @@ def compare(models: dict[str, Path], reward_model: Path) -> list[dict[str, Any]]
     for name, folder in models.items():
         model = load_chat_model(folder, Loading(precision="fp32"))
         answers = draw_answers(model, questions)
-        scores = score(judge, answers.scored)
+        scores = score(judge, answers.sequences)
         courteous = [float(is_courteous(text)) for text in answers.texts]
         right = [is_right(row, text) for row, text in zip(rows, answers.texts, strict=True)]
         first = first or (model.model, scores, courteous)

@@ -77,8 +77,8 @@ def test_logps_and_scores_are_those_of_the_models(
         loss = model.model(input_ids=torch.tensor([ids]), labels=labels).loss
     assert answers.logps[1] == pytest.approx(-float(loss) * answers.lengths[1], rel=1e-4)
     judge = LlamaForSequenceClassification.from_pretrained(folders["judge"]).eval()
-    single = [compare.score(judge, [row])[0] for row in answers.scored]
-    assert compare.score(judge, answers.scored) == pytest.approx(single)
+    single = [compare.score(judge, [row])[0] for row in answers.sequences]
+    assert compare.score(judge, answers.sequences) == pytest.approx(single)
     assert single[0] != pytest.approx(single[1])
 
 

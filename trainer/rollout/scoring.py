@@ -1,8 +1,9 @@
 """What a step's responses are worth: every reward of the section, each by its own means.
 
 A reward model reads the very tokens of prompt and response when it shares the policy's tokenizer
-and chat template; else, if it may, both are rendered anew with its own. Either way it reads a
-response that ended as it read answers in its training: with all the template puts behind them.
+and chat template; else, if it may, both are rendered anew with its own. Either way a response is
+scored where answers were in its training: at the token that ends it, not at what a template puts
+behind that.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Judge:
     Attributes:
         reward: its entry in the section.
         tokenizer: its own where texts are rendered anew, None where it reads the policy's tokens.
-        closing: tokens that follow: behind a response that ended, or behind every rendered text.
+        appended: tokens that end a rendered answer where the template does not.
+        num_closing: tokens that the template puts behind the end of a rendered answer.
         num_positions: its longest input; None = no limit.
         mean: taken off its scores.
         std: what they are divided by.
@@ -44,7 +46,8 @@ class Judge:
 
     reward: ModelReward
     tokenizer: Any
-    closing: list[int]
+    appended: list[int]
+    num_closing: int
     num_positions: int | None
     mean: float = 0.0
     std: float = 1.0
@@ -82,7 +85,8 @@ class Judge:
         return cls(
             reward,
             own if reward.through_text else None,
-            appended_ids(own) if reward.through_text else closing_ids(tokenizer),
+            appended_ids(own) if reward.through_text else [],
+            len(closing_ids(own)) if reward.through_text else 0,
             context_length(config),
             *statistics,
         )
@@ -112,17 +116,14 @@ class Judge:
 
     def _read(self, prompt: Prompt, response: Response, text: str) -> Sample:
         if self.tokenizer is None:
-            closing = self.closing if response.stopped else []
-            if self.num_positions is not None:  # a response may end at the very last position
-                room = self.num_positions - len(prompt.ids) - len(response.ids)
-                closing = closing[: max(0, room)]
-            return Sample(prompt.ids, [*response.ids, *closing])
+            return Sample(prompt.ids, response.ids)
         ids = self.tokenizer.apply_chat_template(
             [*prompt.chat["messages"], {"role": "assistant", "content": text}],
             tools=prompt.chat["tools"],
             return_dict=False,
         )
-        ids = [*ids, *self.closing]
+        ids = [*ids, *self.appended]
+        ids = ids[: len(ids) - self.num_closing]
         return Sample(ids[:-1], ids[-1:])
 
 
@@ -205,7 +206,10 @@ class Scorer:
     ) -> Tensor:
         samples = judge.read(rollout, texts)
         longest = max(map(len, samples))
-        rows = dataclasses.replace(layout, max_length=max(layout.max_length, longest))
+        # What pads is not read: 0, since the policy's padding may be no token of the model's.
+        rows = dataclasses.replace(
+            layout, max_length=max(layout.max_length, longest), pad_token_id=0
+        )
         scores = Collector(engine, samples, rows).scores(judge.reward.part)
         for number in (~scores.isfinite()).nonzero().flatten().tolist():
             prompt = self._tokenizer.decode(rollout.prompts[number].ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from chat_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from tokenizer.load import load_tokenizer, num_ids, save_tokenizer
-from trainer.data.chats.chat import appended_ids, closing_ids
+from trainer.data.chats.chat import closing_ids, encode_conversation
+from trainer.data.chats.conversation import Conversation, Message
 from trainer.data.chats.templates import read_builtin
 from trainer.errors import ConfigError, DataError, NumericsError
 from trainer.models.scalar_model import ScalarModel, install_score_head
@@ -117,18 +119,18 @@ def score_plainly(folder: str, ids: list[list[int]]) -> list[float]:
 
 
 def render(folder: str, num: int) -> list[list[int]]:
-    """Return the first talks as the folder's own template writes them."""
+    """Return the first talks as reward models are trained on them, to where they are scored."""
     tokenizer = load_tokenizer(folder)
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
-            return_dict=False,
-        )
+    chats = [
+        encode_conversation(
+            tokenizer, Conversation((Message("user", asked), Message("assistant", answer)))
+        ).chats[-1]
         for asked, answer in TALKS[:num]
     ]
+    return [chat.input_ids[: int(chat.weights.nonzero()[0][-1]) + 1].tolist() for chat in chats]
 
 
-def test_the_policys_tokens_are_read_as_the_template_would_write_them(
+def test_the_policys_tokens_are_scored_where_the_model_was_trained_to(
     folders: dict[str, str], engine: Any, rollout: Rollout
 ) -> None:
     scorer = make_scorer(folders, {"same": {"kind": "model", "path": folders["same"]}})
@@ -138,20 +140,30 @@ def test_the_policys_tokens_are_read_as_the_template_would_write_them(
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(wanted, abs=1e-5)
     assert found.std() > 0.1
-    # The template ends with a line break that the policy does not write.
+    # The template ends with a line break, which no policy writes and no score stands at.
     assert closing_ids(load_tokenizer(folders["same"])) == load_tokenizer(folders["same"]).encode(
         "\n", add_special_tokens=False
     )
 
 
+@pytest.mark.parametrize("name", ["other", "same"])
 def test_another_models_own_template_renders_the_text(
+    folders: dict[str, str], engine: Any, rollout: Rollout, name: str
+) -> None:
+    options = {"kind": "model", "path": folders[name], "through_text": True}
+    found = make_scorer(folders, {name: options}).score(engine, rollout, LAYOUT)[name]
+    ids = render(folders[name], 3)
+    assert found.tolist() == pytest.approx(score_plainly(folders[name], ids), abs=1e-5)
+
+
+def test_the_policys_padding_may_be_no_token_of_the_model(
     folders: dict[str, str], engine: Any, rollout: Rollout
 ) -> None:
     options = {"kind": "model", "path": folders["other"], "through_text": True}
-    found = make_scorer(folders, {"other": options}).score(engine, rollout, LAYOUT)["other"]
-    own = load_tokenizer(folders["other"])
-    ids = [[*row, *appended_ids(own)] for row in render(folders["other"], 3)]
-    assert found.tolist() == pytest.approx(score_plainly(folders["other"], ids), abs=1e-5)
+    scorer = make_scorer(folders, {"other": options})
+    beyond = dataclasses.replace(LAYOUT, pad_token_id=1_000_000)
+    found = scorer.score(engine, rollout, beyond)["other"]
+    torch.testing.assert_close(found, scorer.score(engine, rollout, LAYOUT)["other"])
 
 
 def test_scores_do_not_hang_on_the_rows(
