@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +48,7 @@ class PromptLoader:
     def __init__(
         self, store: TokenStore, data: DataConfig, seed: int, prompts_per_step: int, start_row: int
     ) -> None:
-        single = dataclasses.replace(data, packing=False)  # a row is a prompt
-        rows = make_rows(store, single, seed)
+        rows = make_rows(store, data, seed)  # a row is a prompt
         self.mixture = make_mixture(rows, data, seed)
         self.prompts_per_step, self._next_row = prompts_per_step, start_row
         self._sources, self._rows = list(store.sources.values()), list(rows.values())

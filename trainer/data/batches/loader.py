@@ -50,9 +50,8 @@ def _rows_of(source: SourceStore, name: str, data: DataConfig, seed: int) -> Row
     key = f"{seed}/{name}"
     if data.content in WHOLE and data.packing:
         return WholePacker(documents, lengths, max_length=data.max_length, seed_key=key)
-    return Packer(
-        documents, lengths, max_length=data.max_length, packing=data.packing, seed_key=key
-    )
+    packing = data.packing and data.content != "prompts"  # those are rows of their own
+    return Packer(documents, lengths, max_length=data.max_length, packing=packing, seed_key=key)
 
 
 def make_mixture(rows: Mapping[str, Rows], data: DataConfig, seed: int) -> Mixture:
