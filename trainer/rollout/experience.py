@@ -27,6 +27,7 @@ from trainer.losses.advantages import (
 from trainer.losses.ppo import KL_ESTIMATORS
 from trainer.rollout.answer_rows import Sample
 
+ROUNDING = 1e-7  # of a number, as a share of it: reward models compute in fp32
 Advantage = Literal["gae", "grpo", "rloo"]
 
 
@@ -197,9 +198,10 @@ class RewardStatistics:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation; 1 where there is none yet."""
+        """The standard deviation; 1 where there is none yet, or only what rounding makes."""
         variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
-        return math.sqrt(variance) if variance > 0 else 1.0
+        deviation = math.sqrt(variance)
+        return deviation if deviation > ROUNDING * abs(self.mean) else 1.0
 
 
 def shape_scores(rewards: Tensor, stopped: Tensor, deviation: float, config: ScoreConfig) -> Tensor:

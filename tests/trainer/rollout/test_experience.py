@@ -94,3 +94,11 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
     assert statistics.count == 100
     assert statistics.mean == pytest.approx(float(rewards.mean()))
     assert statistics.deviation == pytest.approx(float(rewards.std()))
+
+
+def test_equal_rewards_are_not_scaled_by_their_rounding() -> None:
+    """The mean of three times 0.1 is not 0.1 in binary: the deviation would be 1.7e-17."""
+    statistics = RewardStatistics()
+    statistics.update(torch.full((3,), 0.1, dtype=torch.float64))
+    assert statistics.squares > 0
+    assert statistics.deviation == 1.0
