@@ -70,7 +70,8 @@ def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
     The k3 estimator of the same note; eq. 4 of arXiv:2402.03300 has it in the loss.
     """
-    log_ratio = (reference_logps - logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    # Only upwards, where exp grows: what the reference rules out costs as much as it is unlikely.
+    log_ratio = (reference_logps - logps).clamp(max=MAX_LOG_RATIO)
     return log_ratio.expm1() - log_ratio
 
 

@@ -85,6 +85,14 @@ def test_k3_pulls_the_policy_to_the_reference() -> None:
     assert logps.grad.tolist() == pytest.approx([1 - math.exp(-1), 1 - math.exp(1)])
 
 
+def test_k3_pulls_from_tokens_that_the_reference_rules_out() -> None:
+    logps = torch.tensor([-0.5], requires_grad=True)
+    divergence = kl_k3(logps, torch.tensor([-40.5])).sum()
+    divergence.backward()
+    assert float(divergence.detach()) == pytest.approx(39.0)
+    assert logps.grad is not None and float(logps.grad) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [(6.0, 0.1), (6.6, 0.1 * 1.1), (60.0, 0.1 * 1.2), (5.7, 0.1 * 0.95), (-3.0, 0.1 * 0.8)],
