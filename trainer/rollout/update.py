@@ -97,7 +97,8 @@ class Update:
             with_actor: False trains the critic alone.
 
         Raises:
-            NumericsError: the policy that learns is not the one that was asked before.
+            NumericsError: the policy that learns is not the one that was asked before, or a loss
+                or gradient was not finite.
         """
         # A rank may get nothing but batches that fill up, yet all ranks must record the same names.
         nothing = torch.zeros((), device=self.engine.device)
@@ -107,6 +108,7 @@ class Update:
         for index, minibatch in enumerate(self._minibatches(key)):
             self._furthest = torch.zeros((), device=self.engine.device) if not index else None
             self._optimize(step, lr, minibatch, with_actor)
+        self._guard.check()  # before a broken policy is asked to write
 
     def _minibatches(self, key: str) -> Iterator[list[int]]:
         num = len(self.experience.samples)

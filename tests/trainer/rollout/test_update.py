@@ -142,3 +142,10 @@ def test_a_rank_without_rows_records_what_others_do(with_critic: bool) -> None:
         names.append(set(bag.drain(lambda sums: sums)))
     assert names[0] == names[1] == names[2]
     assert "policy_loss" in names[0]
+
+
+def test_a_policy_that_broke_writes_no_more() -> None:
+    update = make_update(OneNumber(), -1.0, epochs=1, num_minibatches=1)
+    update.experience.advantages[0] = float("nan")
+    with pytest.raises(NumericsError, match="loss is not finite at step 1"):
+        update.run(0, 1e-3, "0", with_actor=True)
