@@ -28,7 +28,7 @@ from trainer.data.batches.mismatched import MismatchedAnswers
 from trainer.data.batches.pairs import read_pairs
 from trainer.data.prepared.store import MANIFEST, SourceStore
 from trainer.data.storage import atomic_file, naming_the_disk, sha256_of, write_atomically
-from trainer.engine.collectives import any_over_ranks, barrier
+from trainer.engine.collectives import any_over_ranks, barrier, max_over_ranks
 from trainer.errors import DataError
 from trainer.sequence_logps import TokenLogps, sum_over_sequences
 
@@ -174,8 +174,9 @@ class ReferenceCache:
         All take the same number of forward passes, which ZeRO-3 needs.
         """
         parts, filler = self.job.parts(), self.job.filler()
-        missing = [n for n in range(len(parts)) if not self._part(n).exists()]
-        barrier()  # nobody writes before everybody has looked
+        # Agreed on: another run may be writing parts, and ranks need not see them at one time.
+        absent = max_over_ranks([not self._part(n).exists() for n in range(len(parts))])
+        missing = [n for n, is_absent in enumerate(absent) if is_absent]
         per_row = 1 if self.job.mismatched is None else 2
         num_passes = per_row * -(-max(map(len, parts)) // self.job.micro_batch_size)
         table = self._empty_table()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from training_support import largest_difference, read_losses, read_masters, run_scenarios
 
+from trainer import reference_cache
 from trainer.config import PeftConfig, load_config
 from trainer.data.batches.mismatched import MismatchedAnswers
 from trainer.data.prepared.prepare import open_store
@@ -102,6 +103,19 @@ def test_goes_on_after_a_kill_with_what_is_missing(source: SourceStore, tmp_path
     killed.compute(rest, CPU, 0, 1)
     assert 0 < rest.num_passes < counting.num_passes / 2
     assert np.array_equal(whole.open(), killed.open())
+
+
+def test_ranks_agree_on_what_is_missing(
+    source: SourceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that sees a part which another does not see yet would else wait for it forever."""
+    cache, first, second, third = make_cache(source, tmp_path), Model(), Model(), Model()
+    monkeypatch.setattr(ReferenceCache, "_commit", lambda self, parts: None)
+    cache.compute(first, CPU, 0, 1)
+    cache.compute(second, CPU, 0, 1)
+    monkeypatch.setattr(reference_cache, "max_over_ranks", lambda flags: [1] * len(flags))
+    cache.compute(third, CPU, 0, 1)
+    assert second.num_passes == 0 < third.num_passes == first.num_passes
 
 
 def test_what_belongs_to_other_rows_is_refused(source: SourceStore, tmp_path: Path) -> None:
