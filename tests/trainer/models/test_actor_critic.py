@@ -21,6 +21,10 @@ from transformers import (
     AutoTokenizer,
 )
 
+from trainer.config import PeftConfig
+from trainer.models.adapters import apply_peft, keep_adapter_config
+from trainer.models.export import write_adapter
+
 COUNT = 40  # what the summed losses are divided by
 TEMPERATURE = 0.7
 LENGTHS = (10, 14)  # of the two sequences of every row
@@ -84,9 +88,8 @@ def run_one(scenario: dict[str, Any], folder: Path, rank: int) -> None:
             engine.step(1e-2, held="actor." if scenario["held"] else None)
             found = {"logps": logps, "entropies": entropies, "values": values}
             for name, value in {**found, "reference": reference, **scores}.items():
-                if step == 0:
-                    kept.setdefault(name, []).append(value)
-    assert all(v.requires_grad == (name in found) for name, vs in kept.items() for v in vs)
+                assert value.requires_grad == (name in found)
+                kept.setdefault(f"later {name}" if step else name, []).append(value)
     out = {name: torch.cat(values).detach() for name, values in kept.items()}
     for fragment in engine.fragments():
         for kind, view in fragment.tensors().items():
@@ -120,7 +123,12 @@ def models(
         torch.manual_seed(number)
         auto.from_config(config).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(english_tokenizer).save_pretrained(folder / name)
-    return {name: folder / name for name in kinds}
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted = apply_peft(model, PeftConfig(mode="lora"), str(folder / "base"))
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    keep_adapter_config(adapted, folder / "adapter", str(folder / "base"))
+    write_adapter(trained, lambda n: trained[n].detach() + 0.02, folder / "adapter", torch.float32)
+    return {name: folder / name for name in (*kinds, "adapter")}
 
 
 def make_scenario(name: str, base: dict[str, Any], models: dict[str, Path], folder: Path) -> Any:
@@ -134,6 +142,7 @@ def make_scenario(name: str, base: dict[str, Any], models: dict[str, Path], fold
         config["engine"]["offload_optimizer"] = "cpu"
         config["engine"]["offload_params"] = "cpu" if words[0] == "3" else "none"
     config["peft"] = {"mode": words[1]}
+    config["peft"] |= {"adapter": str(models["adapter"])} if "continued" in words else {}
     config["optim"] |= {"grad_clip": 0.0, "weight_decay": 0.1}
     options: dict[str, Any] = {"shared": "shared" in words}
     if words[1] == "full":
@@ -172,6 +181,7 @@ def run_all(names: list[str], base: Any, models: dict[str, Path], folder: Path) 
 
 
 NAMES = [f"{stage}_lora_{plan}" for stage in (2, 3) for plan in ("separate", "shared")]
+NAMES += ["2_lora_separate_continued", "3_lora_shared_continued"]
 NAMES += ["3_lora_shared_recomputed", "0_full", "3_full", "2_full_held"]
 SLOW_NAMES = ["0_lora_separate", "1_lora_shared", "1_full", "2_full", "2_full_offload"]
 SLOW_NAMES += ["3_full_offload", "3_lora_shared_offload", "3_full_offload_held", "0_qlora_separate"]
@@ -230,6 +240,17 @@ def test_a_shared_backbone_computes_and_learns_as_separate_ones(results: Results
 
 def test_recomputed_activations_are_those_of_the_adapter_that_was_on(results: Results) -> None:
     assert_same(results("3_lora_shared_recomputed"), results("3_lora_shared"), 1e-6)
+
+
+def test_a_continued_adapter_is_compared_with_its_start(results: Results) -> None:
+    found, new = results("3_lora_shared_continued"), results("3_lora_shared")
+    assert_same(found, results("2_lora_separate_continued"), 1e-5)
+    assert not torch.allclose(found["reference"], new["reference"], atol=1e-2)
+    assert torch.equal(found["reference"], found["logps"])
+    torch.testing.assert_close(found["later reference"], found["reference"])
+    assert not torch.allclose(found["later logps"], found["logps"], atol=1e-2)
+    learnt = {name.split(" ", 1)[1] for name in found if name.startswith("master ")}
+    assert len(learnt) == 2 * 28 + 1 and not any("reference" in name for name in learnt)
 
 
 def make_plain(path: Path, auto: Any) -> Any:
@@ -309,8 +330,8 @@ def test_every_stage_and_offload_learns_alike(
     for name in ("0_lora_separate", "1_lora_shared", "3_lora_shared_offload"):
         assert_same(slow_results(name), results("2_lora_shared"), 1e-5)
     assert_held(slow_results("3_full_offload_held"), models)
-    quantized = (slow_results(n) for n in ("3_qlora_shared_offload", "0_qlora_separate"))
-    assert_same(*quantized, 1e-5)
+    shared, separate = "3_qlora_shared_offload", "0_qlora_separate"
+    assert_same(slow_results(shared), slow_results(separate), 1e-5)
 
 
 if __name__ == "__main__":
