@@ -14,7 +14,8 @@ them. Policy, critic, reference and reward model are LLaMAs of 58 M parameters f
 LLaMA-Factory the critic is a head on the policy, so that its update trains half of the others'.
 ``zero2x2`` is ZeRO-2 on two ranks. TRL and LLaMA-Factory run as one process without DeepSpeed.
 
-Variants take turns as in ``train.py``; medians over turns count. Prompts: ../shared/data's HH-RLHF,
+Variants take turns as in ``train.py``, those on two ranks after the others, for all of them at once
+take more than 20 GB; medians over turns count. Prompts: ../shared/data's HH-RLHF,
 else samples/. Prints a table, then one line of JSON.
 """
 
@@ -53,7 +54,6 @@ from benchmarks.inputs.turns import RankGroup, Turns, median_rate, take_turns  #
 
 PPO_VARIABLE = "KUROSHIO_PEERS_PPO_PYTHON"
 OURS = {  # engine and ranks
-    "ours-zero0": ("zero0", 1),
     "ours-zero2": ("zero2", 1),
     "ours-zero3": ("zero3", 1),
     "ours-zero2x2": ("zero2", 2),
@@ -64,7 +64,7 @@ VARIANTS = (*OURS, "bare", *VARIABLES)
 
 
 def main() -> None:
-    """Start the variants, give them turns, print the comparison; or be a rank of ours."""
+    """Compare the variants and print what came of it; or be a rank of ours."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
@@ -78,25 +78,24 @@ def main() -> None:
     if args.rank:
         run_rank(json.loads(args.rank))
         return
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        started = start_variants(args, Path(folder))
-        groups = [stack.enter_context(group) for group in started]
-        if not groups:
-            raise SystemExit("none of these variants can run here")
-        figures = take_turns(groups, args.turns)
-        for group in groups:
-            figures[group.name]["parts_s"] = parts(group.reports)
+    figures: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        case = write_case(args, Path(folder))
+        for num_ranks in (1, 2):
+            figures |= compare(args, case, num_ranks, Path(folder))
+    if not figures:
+        raise SystemExit("none of these variants can run here")
     describe(figures)
     options = {key: str(value) for key, value in vars(args).items()}
     print(json.dumps({"benchmark": "ppo", "options": options, "results": figures}))
 
 
-def start_variants(args: argparse.Namespace, folder: Path) -> Iterator[RankGroup]:
-    """Write the inputs and start the variants that this machine can run."""
+def write_case(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Write the inputs; return what every variant is told."""
     from trainer.engine.engine import choose_precision
 
     tokenizer, pairs = find_tokenizer(args.tokenizer, folder), find_pairs(args.data)
-    case = {
+    return {
         "stage": "ppo",
         "precision": choose_precision(args.precision),
         "num_prompts": args.prompts,
@@ -104,14 +103,26 @@ def start_variants(args: argparse.Namespace, folder: Path) -> Iterator[RankGroup
         **write_inputs(pairs, args.prompts, tokenizer, folder, MAX_PROMPT),
         "reward_model": write_reward_model(folder),
     }
-    for variant in args.variants:
-        command = command_for(variant, case, folder)
-        if command is not None:
-            _, num_ranks = OURS.get(variant, ("", 1))
-            environ = place_of_ranks(num_ranks)
-            environ |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-            environ |= {"DISABLE_VERSION_CHECK": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-            yield RankGroup(variant, command, environ, folder)
+
+
+def compare(
+    args: argparse.Namespace, case: dict[str, Any], num_ranks: int, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of the variants of so many ranks that this machine can run."""
+    with contextlib.ExitStack() as stack:
+        groups = []
+        for variant in args.variants:
+            _, own_ranks = OURS.get(variant, ("", 1))
+            command = command_for(variant, case, folder) if own_ranks == num_ranks else None
+            if command is not None:
+                environ = place_of_ranks(num_ranks)
+                environ |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+                environ |= {"DISABLE_VERSION_CHECK": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+                groups.append(stack.enter_context(RankGroup(variant, command, environ, folder)))
+        figures = take_turns(groups, args.turns)
+        for group in groups:
+            figures[group.name]["parts_s"] = parts(group.reports)
+        return figures
 
 
 def command_for(variant: str, case: dict[str, Any], folder: Path) -> list[str] | None:
