@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from training_support import read_masters, run_scenarios
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import export
 from trainer.config import DataConfig
+from trainer.engine.committed import hash_file, list_steps
 from trainer.errors import CheckpointError, ConfigError
+from trainer.inference.run_model import find_run_checkpoint, load_run
 
 Vary = Callable[..., dict[str, Any]]
 
@@ -127,8 +131,6 @@ def merge_with_peft(base: Path, saved: dict[str, torch.Tensor]) -> Any:
 
 
 def test_stored_copy_of_a_tied_weight_is_left_out(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     from trainer.models.export import Weights
 
     stale = {"embed.weight": torch.zeros(4, 2), "lm_head.weight": torch.zeros(4, 2)}
@@ -147,6 +149,46 @@ def test_adapters_that_cannot_be_merged_are_not_dropped(tmp_path: Path) -> None:
     names = ["base_model.model.embed.lora_embedding_A", "base_model.model.q.lora_A.default.weight"]
     with pytest.raises(CheckpointError, match="2 adapters are not of linear layers"):
         Weights({name: [2, 4] for name in names}, torch.zeros, None, {})
+
+
+def add_critic(run_dir: Path) -> None:
+    """Write a critic's weights into a run's newest checkpoint, as stage ppo does."""
+    folder = list_steps(run_dir / "checkpoints")[0]
+    path = folder / "rank_00002.safetensors"
+    name = "critic.decoder.score.weight"
+    save_file({f"{name}|{kind}@0": torch.ones(32) for kind in ("master", "exp_avg")}, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    manifest["parameters"][name] = [1, 32]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_of_a_policy_and_its_critic_the_policy_is_exported(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported["folder"] / "run_untied", run_dir)
+    add_critic(run_dir)
+    export.main([str(run_dir), str(tmp_path / "policy")])
+    policy, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "policy", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded, _ = load_run(run_dir, None, find_run_checkpoint(run_dir, None), torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(exported["untied"])
+    ids = torch.arange(20)[None]
+    for model in (policy, loaded):
+        assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
+
+
+def test_a_reward_run_writes_no_text(exported: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported["folder"] / "run_untied", run_dir)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"stage": {"name": "reward"}}))
+    checkpoint = find_run_checkpoint(run_dir, None)
+    with pytest.raises(ConfigError, match=r"is a reward run.*kuroshio export"):
+        load_run(run_dir, None, checkpoint, torch.float32)
 
 
 def test_what_cannot_be_exported_says_why(exported: dict[str, Path], tmp_path: Path) -> None:
