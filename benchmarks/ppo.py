@@ -185,7 +185,11 @@ def describe(figures: dict[str, dict[str, Any]]) -> None:
     for name, own in figures.items():
         own["round_s"] = statistics.median(own["turn_wall_s"])
         split = ", ".join(f"{part} {seconds:.2f}" for part, seconds in own["parts_s"].items())
-        print(f"{name:13} {own['round_s']:6.2f} s a round ({split}), peak {own['peak_mb']:.0f} MB")
+        own["round_cpu_s"] = statistics.median(own["turn_cpu_s"])
+        print(
+            f"{name:13} {own['round_s']:6.2f} s a round ({split}), {own['round_cpu_s']:.2f} s of "
+            f"processor time, peak {own['peak_mb']:.0f} MB"
+        )
     for name, own in figures.items():
         if name.startswith("ours"):
             own["rate_of"] = {
