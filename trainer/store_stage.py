@@ -55,6 +55,13 @@ class StoreStage(TrainStage):
                 f"data.content={config.data.content}, but stage={config.stage['name']} trains on "
                 f"{self.content}; leave the key to the stage's option"
             )
+        data = config.data
+        if self.content == "preferences" and data.packing and not data.isolate_documents:
+            problems.append(
+                "data.isolate_documents=false lets the answers of a row see each other, so that "
+                "they are compared with what the row holds by chance; use true, or "
+                "data.packing=false"
+            )
         if tokenizer_path(config) is None:
             problems.append(
                 "tokenizer.path is null and the model starts from scratch; give a tokenizer folder "

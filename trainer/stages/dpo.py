@@ -73,11 +73,6 @@ class Dpo(StoreStage):
                 "model.path is null: preferences tune a model that can answer already; give the "
                 "folder of one that stage=sft made"
             )
-        if config.data.packing and not config.data.isolate_documents:
-            problems.append(
-                "data.isolate_documents=false lets the answers of a row see each other; use true, "
-                "or data.packing=false"
-            )
         if self.objective.get("name") in LOSSES:
             problems += self._check_reference(config)
         return problems

@@ -19,12 +19,12 @@ from trainer.data.prepared.prepare import open_store
 from trainer.data.prepared.store import SourceStore, TokenStore
 from trainer.engine.collectives import any_over_ranks, sum_tensor
 from trainer.engine.engine import Engine
-from trainer.errors import DataError
 from trainer.inputs import tokenizer_path
 from trainer.losses.ranking import ranking_losses
 from trainer.metrics.pairwise import calibrate, count_scores, describe_pairs
 from trainer.metrics.sinks import Sinks
 from trainer.policy import build_scalar
+from trainer.preference_data import refuse_lone_answers
 from trainer.signals import StopRequest
 from trainer.stage import Context
 from trainer.store_stage import StoreStage
@@ -47,11 +47,6 @@ class Reward(StoreStage):
         problems = super().check(config)
         if self.centering < 0:
             problems.append(f"stage.centering={self.centering}: expected 0 or more")
-        if config.data.packing and not config.data.isolate_documents:
-            problems.append(
-                "data.isolate_documents=false lets the answers of a row see each other, so that "
-                "their scores depend on chance; use true, or data.packing=false"
-            )
         return problems
 
     def settle(self, config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -60,8 +55,7 @@ class Reward(StoreStage):
         path = tokenizer_path(config)
         assert path is not None  # ``check`` refuses it
         store = open_store(config.data, path)
-        for name, source in store.sources.items():
-            refuse_lone_answers(name, source)
+        refuse_lone_answers(store, "a reward model")
         if remark := self._compare_margins(store):
             remarks.append(remark)
         return config, remarks
@@ -249,19 +243,3 @@ def answer_ends(batch: Batch) -> Tensor:
     ends = [start + int(weights[row, start:stop].nonzero()[-1]) for row, start, stop in spans]
     return torch.tensor(ends, dtype=torch.int64)
 
-
-def refuse_lone_answers(name: str, source: SourceStore) -> None:
-    """Refuse a source in which an answer stands without another to compare it with.
-
-    Raises:
-        DataError: naming the source and how many there are.
-    """
-    assert source.first_lengths is not None
-    lengths = np.diff(source.offsets)
-    is_lone = (source.first_lengths == 0) | (source.first_lengths == lengths)
-    if num := int(is_lone.sum()):
-        raise DataError(
-            f"data.sources.{name}: {num:,} of {len(is_lone):,} rows are single answers, labelled "
-            "good or bad, without another answer to the same prompt; a reward model compares two. "
-            "Give pairs, or train on them with stage=dpo stage.loss=kto"
-        )
