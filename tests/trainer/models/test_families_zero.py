@@ -6,6 +6,7 @@ First pretraining from scratch, then fine-tuning on conversations from the expor
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from launch import export
+from trainer.engine.committed import Checkpoint, Reader, list_steps
 
 TOKENIZERS = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
 
@@ -137,13 +139,29 @@ def judged(folder: Path, preference_config: dict[str, Any]) -> Path:
     return folder
 
 
+def read_moments(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Return Adam's first moments of a run's last checkpoint."""
+    path = list_steps(run_dir / "checkpoints")[0]
+    reader = Reader(Checkpoint(path, json.loads((path / "manifest.json").read_text())))
+    return {name: reader.read_whole(name, "exp_avg") for name in reader.shapes}
+
+
+def assert_same_gradients(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Compare sums of gradients; Adam's steps would magnify the rounding of very small ones."""
+    assert left.keys() == right.keys()
+    largest = max(float(moment.norm()) for moment in right.values())
+    for name, moment in left.items():
+        error = float((moment - right[name]).norm())
+        assert error < 1e-4 * max(float(right[name].norm()), 1e-2 * largest), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", SCORED)
 def test_reward_models_train_alike_and_are_plain_classifiers(judged: Path, variant: str) -> None:
     whole, split = judged / f"{variant}_judged_0", judged / f"{variant}_judged_3"
     losses, others = read_losses(whole), read_losses(split)
     assert losses == {step: pytest.approx(others[step], rel=1e-5) for step in losses}
-    assert largest_difference(read_masters(whole), read_masters(split)) < 2e-5
+    assert_same_gradients(read_moments(whole), read_moments(split))
     model, info = AutoModelForSequenceClassification.from_pretrained(
         split / "model", output_loading_info=True
     )
