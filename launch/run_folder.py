@@ -45,9 +45,15 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
 
     Raises:
         ConfigError: when the folder belongs to a run of another config, listing what differs.
+        CheckpointError: when it holds checkpoints of a run that nothing describes.
         StorageError: when the folder cannot be written.
     """
     path = run_dir / CONFIG_FILE
+    if not path.exists() and any((run_dir / "checkpoints").glob("step_*")):
+        raise CheckpointError(
+            f"run_dir={run_dir} holds checkpoints but no {CONFIG_FILE}, so nobody can tell what "
+            "run they are of; bring the file back, delete the folder, or give another run_dir"
+        )
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")

@@ -49,6 +49,13 @@ def test_another_config_is_refused_with_both_values_of_every_key(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_checkpoints_that_nothing_describes_are_nobody_s(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step_00000030").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"holds checkpoints but no config\.yaml"):
+        run_folder.claim(tmp_path, config(tmp_path))
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_steps_that_nobody_set_are_put_down_to_the_data(tmp_path: Path) -> None:
     """Such is the config once epochs are settled, and once more on data that has grown."""
     run_folder.claim(tmp_path, config(tmp_path, "loop.epochs=3", "loop.max_steps=100"))
