@@ -242,4 +242,3 @@ def answer_ends(batch: Batch) -> Tensor:
     )
     ends = [start + int(weights[row, start:stop].nonzero()[-1]) for row, start, stop in spans]
     return torch.tensor(ends, dtype=torch.int64)
-
