@@ -204,7 +204,8 @@ def test_prompts_are_asked_through_the_template(vary_chat: Vary, tmp_path: Path)
     stage = Sft()
     stage.config = config
     tokenizer = stage.load_tokenizer(str(config.tokenizer.path))
-    store = open_store(config.data, str(config.tokenizer.path))
+    prepared = load_config(vary_chat(tmp_path)).data  # given questions need no other store
+    store = open_store(prepared, str(config.tokenizer.path))
     [(shown, ids)] = choose_questions(config, tokenizer, store, ["Is it cold?"])
     assert shown == "Is it cold?"
     assert tokenizer.decode(ids[1:]).strip() == "Be short.\n\nIs it cold?"
