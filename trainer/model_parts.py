@@ -15,7 +15,8 @@ from tokenizer.load import num_ids
 from trainer.config import ModelConfig, PeftConfig, grad_accum_steps
 from trainer.engine.collectives import barrier
 from trainer.engine.ds_config import ModelSize, make_ds_config
-from trainer.engine.engine import DTYPES, Engine, choose_precision, partitioning, prepare_ops
+from trainer.engine.engine import Engine, choose_precision, partitioning, prepare_ops
+from trainer.engine.precision import DTYPES
 from trainer.errors import ConfigError
 from trainer.models.actor_critic import CRITIC, REFERENCE, without_dropout
 from trainer.models.adapter_files import FOLDER
@@ -103,19 +104,18 @@ class Parts:
         make = partial(scalar_config, model, self._num_tokens, self._special)
         return _in_turn(self._context, make)
 
-    def settle(self, sizes: list[tuple[int, int]], num_micro_batches: int | None = None) -> None:
+    def settle(self, sizes: list[tuple[int, int]]) -> None:
         """Decide DeepSpeed's config.
 
         Args:
             sizes: (all parameters, elements of the largest) of each model.
-            num_micro_batches: of a step; None counts the loop's.
         """
         config, world_size = self._config, self._context.world_size
         self._ds_config = make_ds_config(
             config.engine,
             precision=self._precision,
             micro_batch_size=config.loop.micro_batch_size,
-            grad_accum_steps=num_micro_batches or grad_accum_steps(config, world_size),
+            grad_accum_steps=grad_accum_steps(config, world_size),
             grad_clip=config.optim.grad_clip,
             size=ModelSize(sum(size for size, _ in sizes), max(largest for _, largest in sizes)),
             world_size=world_size,

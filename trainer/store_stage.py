@@ -19,7 +19,8 @@ from trainer.data.batches.eval_loader import EvalLoader
 from trainer.data.batches.loader import TrainLoader
 from trainer.data.prepared.prepare import open_store
 from trainer.data.prepared.store import TokenStore
-from trainer.engine.engine import DTYPES, Engine
+from trainer.engine.engine import Engine
+from trainer.engine.precision import DTYPES
 from trainer.environment import describe_environment
 from trainer.errors import ConfigError
 from trainer.inputs import describe_inputs, refuse_changes, tokenizer_path

@@ -21,7 +21,8 @@ from tokenizer.load import load_tokenizer, num_ids
 from trainer.config import OptimConfig, RunConfig
 from trainer.data.batches.loader import TrainLoader
 from trainer.data.prepared.prepare import open_store
-from trainer.engine.engine import DTYPES, choose_precision
+from trainer.engine.engine import choose_precision
+from trainer.engine.precision import DTYPES
 from trainer.models.load import load_model, make_config
 from trainer.plan.schedule import lr_factor
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.inputs.bare_loop import make_masters, make_optimizer, update
 from benchmarks.inputs.turns import Turns
 from trainer.config import OptimConfig
-from trainer.engine.engine import DTYPES
+from trainer.engine.precision import DTYPES
 
 BETA = 0.1
 Examples = list[dict[str, list[int]]]

@@ -26,7 +26,7 @@ from transformers import (
 from benchmarks.inputs.bare_loop import make_masters, make_optimizer, update
 from benchmarks.inputs.turns import Turns
 from trainer.config import OptimConfig
-from trainer.engine.engine import DTYPES
+from trainer.engine.precision import DTYPES
 
 KL_COEF, LAM, CLIP, LR = 0.05, 0.95, 0.2, 1e-6
 

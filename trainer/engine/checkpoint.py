@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from trainer.engine import collectives
 from trainer.engine.committed import FORMAT, Checkpoint, Reader, hash_file, list_steps
 from trainer.engine.fragments import get_adam_step, set_adam_step
+from trainer.engine.precision import load_scaler_state, scaler_state
 from trainer.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:  # exporting reads checkpoints without DeepSpeed
@@ -47,7 +48,8 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path
         StorageError: disk full or quota reached; nothing committed before is touched.
     """
     aside, final = folder / f".step_{step:08d}.tmp", folder / f"step_{step:08d}"
-    state = {"adam_step": get_adam_step(engine.optimizer), "scaler": engine.scaler_state(), **state}
+    scaler = scaler_state(engine.optimizer) if engine.precision == "fp16" else {}
+    state = {"adam_step": get_adam_step(engine.optimizer), "scaler": scaler, **state}
     _together(lambda: _start(aside, engine.rank == 0), folder, aside)
     _together(lambda: _write_rank(engine, aside), folder, aside)
 
@@ -165,7 +167,8 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     for name, param in trainable.items():
         engine.set_low_precision(param, partial(reader.read_whole, name))
     set_adam_step(engine.optimizer, checkpoint.state["adam_step"])
-    engine.load_scaler_state(checkpoint.state["scaler"])
+    if engine.precision == "fp16":
+        load_scaler_state(engine.optimizer, checkpoint.state["scaler"])
 
 
 def _compare_names(trainable: dict[str, Any], saved: dict[str, Any], path: Path) -> None:

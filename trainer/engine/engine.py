@@ -32,8 +32,7 @@ from trainer.engine.fragments import (
 from trainer.engine.grouping import global_norm, group_parameters, num_weights
 from trainer.engine.hooks import hooks_off
 from trainer.engine.ops import build_ops, needed_ops
-from trainer.engine.precision import DTYPES as DTYPES
-from trainer.engine.precision import SCALER_KEYS, find_scaler, native_precision
+from trainer.engine.precision import native_precision
 from trainer.errors import ConfigError, NumericsError
 
 LOG = logging.getLogger(__name__)
@@ -279,21 +278,6 @@ class Engine:
             Partitioning.fill(param, read)
         else:
             param.data.copy_(read().view(param.shape))
-
-    def scaler_state(self) -> dict[str, float]:
-        """Return fp16's loss-scale state as numbers (empty otherwise)."""
-        scaler = self._scaler()
-        return {} if scaler is None else {key: vars(scaler)[key] for key in SCALER_KEYS}
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Restore what ``scaler_state`` returned."""
-        scaler = self._scaler()
-        if scaler is not None:
-            for key, value in state.items():
-                setattr(scaler, key, value)
-
-    def _scaler(self) -> Any:
-        return find_scaler(self.optimizer) if self.precision == "fp16" else None
 
 
 def make_optimizer(

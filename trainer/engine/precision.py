@@ -17,7 +17,19 @@ def native_precision() -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def find_scaler(optimizer: Any) -> Any:
-    """Return what keeps the fp16 loss scale of one of DeepSpeed's optimizers."""
+def scaler_state(optimizer: Any) -> dict[str, float]:
+    """Return the loss-scale state of one of DeepSpeed's fp16 optimizers as numbers."""
+    scaler = _find_scaler(optimizer)
+    return {key: vars(scaler)[key] for key in SCALER_KEYS}
+
+
+def load_scaler_state(optimizer: Any, state: dict[str, float]) -> None:
+    """Restore what ``scaler_state`` returned; an empty state changes nothing."""
+    scaler = _find_scaler(optimizer)
+    for key, value in state.items():
+        setattr(scaler, key, value)
+
+
+def _find_scaler(optimizer: Any) -> Any:
     own = vars(optimizer)
     return own["loss_scaler"] if "loss_scaler" in own else own["loss_scale_config"]
