@@ -87,7 +87,6 @@ def build_actor_critic(
     critic_path: str | None = None,
     rewards: Mapping[str, str] = MappingProxyType({}),
     critic_lr_ratio: float = 1.0,
-    num_micro_batches: int | None = None,
 ) -> tuple[Engine, dict[str, Any]]:
     """Load all models of PPO into one engine; dropout is off in all.
 
@@ -103,8 +102,6 @@ def build_actor_critic(
         critic_path: folder of a reward model that the critic starts from, unless it is shared.
         rewards: folders of frozen reward models by name.
         critic_lr_ratio: the critic's learning rate over the actor's.
-        num_micro_batches: of one optimizer step and rank, actor's and critic's together; None
-            counts those of the loop.
 
     Returns:
         The engine around an ``ActorCritic``, and the transformers config of the actor.
@@ -126,7 +123,7 @@ def build_actor_critic(
     if critic_config is not None and not shared:
         sizes.append(measure(critic_config, SCALAR))
     sizes += [measure(config, SCALAR) for config in judge_configs.values()]
-    parts.settle(sizes, num_micro_batches)
+    parts.settle(sizes)
 
     actor, switch = parts.load_actor(model_config, switched=not copied)
     critic: ScalarModel | ScoreHead | None = None

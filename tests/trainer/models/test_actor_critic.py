@@ -68,7 +68,7 @@ def run_one(scenario: dict[str, Any], folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     context = Context(config, folder, rank, 2, rank)
     tokenizer = load_tokenizer(str(config.tokenizer.path))
-    engine, _ = build_actor_critic(context, tokenizer, num_micro_batches=2, **options)
+    engine, _ = build_actor_critic(context, tokenizer, **options)
     ask = {"output": "logps", "temperature": TEMPERATURE}
     kept: dict[str, list[Tensor]] = {}
     for step in range(scenario["num_steps"]):
@@ -84,7 +84,8 @@ def run_one(scenario: dict[str, Any], folder: Path, rank: int) -> None:
             names = options.get("rewards", {})
             scores = {f"score {n}": engine(part=f"reward:{n}", **inputs) for n in names}
             factor = 0.0 if scenario["held"] else 1.0
-            engine.backward(factor * actor_loss(logps, entropies) + critic_loss(values))
+            total = factor * actor_loss(logps, entropies) + critic_loss(values)
+            engine.backward(total, is_last=number == 1)
             engine.step(1e-2, held="actor." if scenario["held"] else None)
             found = {"logps": logps, "entropies": entropies, "values": values}
             for name, value in {**found, "reference": reference, **scores}.items():
