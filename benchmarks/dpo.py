@@ -18,21 +18,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.inputs.our_run import facts_of, make_stage, pair_values, start_rank  # noqa: E402
+from benchmarks.inputs.our_run import pair_values, run_pairs_in_turns  # noqa: E402
 from benchmarks.inputs.preference_turns import compare, read_options  # noqa: E402
-from benchmarks.inputs.turns import Turns  # noqa: E402
-
-if TYPE_CHECKING:
-    import torch
-
-    from trainer.data.batches.collate import Batch
 
 LORA = ["peft=lora", "peft.rank=8", "peft.target_modules=all-linear"]
 OURS = {
@@ -48,7 +41,9 @@ def main() -> None:
     """Compare, or be a rank of ours."""
     args = read_options(__doc__ or "", VARIANTS)
     if args.rank:
-        run_rank(json.loads(args.rank))
+        from trainer.stages.dpo import Dpo
+
+        run_pairs_in_turns(Dpo, json.loads(args.rank))
     else:
         compare(args, "dpo", values_of)
 
@@ -56,26 +51,6 @@ def main() -> None:
 def values_of(variant: str, case: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Return the config of one of our variants."""
     return pair_values(case, run_dir, ["stage.sample_tokens=0", *OURS[variant]])
-
-
-def run_rank(case: dict[str, Any]) -> None:
-    """Run the stage under the real loop until the parent has seen enough."""
-    from trainer.stages.dpo import Dpo
-
-    class TurnByTurn(Dpo):
-        def train_step(self, step: int, batches: Iterator[Batch]) -> int:
-            turns.begin_step(step, lambda: facts_of(context, self.policy, device))
-            return super().train_step(step, batches)
-
-        def loss(self, batch: Batch) -> torch.Tensor:
-            assert batch.examples is not None
-            turns.tokens += batch.num_tokens
-            turns.targets += batch.examples.num_pairs
-            return super().loss(batch)
-
-    context, device = start_rank(case)
-    turns = Turns(1, device)
-    make_stage(TurnByTurn, context).run(context)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarks.inputs.chat_inputs import CUTOFF, TEMPLATE
+from benchmarks.inputs.turns import Turns
 
 if TYPE_CHECKING:
+    import torch
+
+    from trainer.data.batches.collate import Batch
     from trainer.engine.engine import Engine
     from trainer.stage import Context
 
@@ -114,3 +118,28 @@ def facts_of(context: Context, engine: Engine, device: Any) -> dict[str, Any]:
         "precision": choose_precision(context.config.engine.precision),
         "device": device.type,
     }
+
+
+def run_pairs_in_turns(stage_class: type[Any], case: dict[str, Any]) -> None:
+    """Run a stage on pairs under the real loop until the parent has seen enough.
+
+    Args:
+        stage_class: of the stage.
+        case: what ``rank_command`` was given.
+    """
+
+    class TurnByTurn(stage_class):  # type: ignore[misc]
+        def train_step(self, step: int, batches: Iterator[Batch]) -> int:
+            turns.begin_step(step, lambda: facts_of(context, self.policy, device))
+            return int(super().train_step(step, batches))
+
+        def loss(self, batch: Batch) -> torch.Tensor:
+            assert batch.examples is not None
+            turns.tokens += batch.num_tokens
+            turns.targets += batch.examples.num_pairs
+            loss: torch.Tensor = super().loss(batch)
+            return loss
+
+    context, device = start_rank(case)
+    turns = Turns(1, device)
+    make_stage(TurnByTurn, context).run(context)

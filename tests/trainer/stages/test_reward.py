@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from plain_loop import descend
 from training_support import largest_difference, read_losses, read_masters, run_scenarios
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,12 +21,10 @@ from launch import export
 from launch.run_folder import CONFIG_FILE
 from tokenizer.load import load_tokenizer
 from trainer.config import load_config
-from trainer.data.batches.collate import Example, Row, collate
-from trainer.data.batches.loader import TrainLoader
+from trainer.data.batches.collate import Batch, Example, Row, collate
 from trainer.data.prepared.prepare import ensure_prepared, open_store
 from trainer.errors import DataError
 from trainer.losses.ranking import ranking_losses
-from trainer.plan.schedule import lr_factor
 from trainer.stages.reward import Reward, answer_ends
 
 Vary = Callable[..., dict[str, Any]]
@@ -79,26 +78,16 @@ def answered(source: Any, document: int) -> list[list[int]]:
     return [own[: int(np.flatnonzero(factors)[-1]) + 1].tolist() for own, factors in sides]
 
 
-def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+def train_reward_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the weights after ``loop.max_steps`` in float64, each sequence scored alone."""
     config = load_config(values)
-    path, loop = str(config.model.path), config.loop
+    path = str(config.model.path)
     model = AutoModelForSequenceClassification.from_pretrained(path).double().train()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.optim.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        betas=tuple(config.optim.betas), eps=config.optim.eps,
-    )  # fmt: skip
-    rows = loop.global_batch_tokens // config.data.max_length
     store = open_store(config.data, path)
-    loader = TrainLoader(
-        store, config.data, seed=loop.seed, rows_per_step=rows, micro_batch_size=rows, rank=0,
-        world_size=1,
-    )  # fmt: skip
     [source] = store.sources.values()
-    for step, batch in zip(range(loop.max_steps), loader, strict=False):
+
+    def mean_loss(batch: Batch) -> torch.Tensor:
+        assert batch.examples is not None
         losses = []
         for document in batch.examples.documents[batch.examples.sides > 0].tolist():
             scores = [
@@ -109,17 +98,9 @@ def train_plainly(values: dict[str, Any]) -> dict[str, torch.Tensor]:
             losses.append(
                 -torch.log(torch.sigmoid(advance)) + config.stage["centering"] * sum(scores) ** 2
             )
-        torch.stack(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = config.optim.lr * lr_factor(
-                config.schedule.name, step, max_steps=loop.max_steps,
-                warmup_steps=config.schedule.warmup_steps,
-                min_lr_ratio=config.schedule.min_lr_ratio,
-            )  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: p.detach().float() for name, p in model.named_parameters()}
+        return torch.stack(losses).mean()
+
+    return descend(model, config, store, mean_loss)
 
 
 def test_update_hangs_on_no_split_and_equals_plain_pytorch(
@@ -141,7 +122,7 @@ def test_update_hangs_on_no_split_and_equals_plain_pytorch(
     for num_ranks, scenarios in ((1, one), (2, two)):
         done = run_scenarios(scenarios, num_ranks, tmp_path)
         assert done.returncode == 0, done.stdout
-    expected = train_plainly(one[0]["config"])
+    expected = train_reward_plainly(one[0]["config"])
     for name in ("whole", "accumulated", "padded", "two"):
         # Adam brings the rounding of small gradients to the size of large ones: lr is 1e-3.
         assert largest_difference(expected, read_masters(tmp_path / name)) < 1e-5, name
