@@ -122,7 +122,8 @@ def _field_defaults(section: type) -> dict[str, Any]:
         if f.default is not dataclasses.MISSING:
             defaults[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:
-            defaults[f.name] = f.default_factory()
+            made = f.default_factory()
+            defaults[f.name] = dataclasses.asdict(made) if is_dataclass(made) else made
     return defaults
 
 

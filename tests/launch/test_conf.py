@@ -95,7 +95,8 @@ def field_defaults(section: Any) -> dict[str, Any]:
     fields = dataclasses.fields(section)
     plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     made = {f.name: f.default_factory() for f in fields if callable(f.default_factory)}
-    return plain | made
+    nested = {n: dataclasses.asdict(v) for n, v in made.items() if dataclasses.is_dataclass(v)}  # type: ignore
+    return plain | made | nested
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -149,12 +149,76 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class PartitionConfig:
+    """Limits of one Slurm partition; null is unknown, and then nothing is checked."""
+
+    max_hours: float | None = None  # of one job
+    min_gpus: int = 1  # of one job
+    max_gpus: int | None = None  # of one user at once, and so of one job
+    max_jobs: int | None = None  # of one user at once
+    gpu: str | None = None  # where its nodes differ from the site's
+    gpu_memory_gb: float | None = None
+    arch: str | None = None
+    who: str = "all"  # whose projects may use it
+
+
+@dataclass(frozen=True)
+class PriceConfig:
+    """What a GPU costs one kind of project."""
+
+    who: str
+    currency: str
+    per_gpu_hour: float
+    source: str
+    date: str  # of the source, YYYY-MM-DD or YYYY-MM
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """Facts of a machine; null or empty is unknown, never guessed."""
+
+    name: str = "local"  # its environment is slurm/env/NAME.sh
+    scheduler: Literal["none", "slurm"] = "none"
+    gpu: str | None = None
+    gpu_memory_gb: float | None = None
+    gpus_per_node: int | None = None  # of a whole node; 0: ranks run on CPU
+    cpus_per_gpu: int | None = None  # cores a job gets with each GPU, at most
+    memory_gb_per_gpu: float | None = None  # host memory a job gets with each GPU, at most
+    cpus_per_node: int | None = None
+    memory_gb_per_node: float | None = None
+    gres: str = ""  # sbatch --gres of a node, {n} is its GPUs; empty: none is asked for
+    precisions: list[str] = field(default_factory=list)  # what its GPUs compute natively
+    partitions: dict[str, PartitionConfig] = field(default_factory=dict)
+    default_partition: str | None = None
+    account_required: bool = False
+    account_pattern: str | None = None  # regular expression of a whole account name
+    interface: str | None = None  # network interface of the collectives' sockets
+    local_scratch: str | None = None  # node-local folder; null: the job looks for one
+    internet: bool | None = None  # whether compute nodes reach it
+    quota_gb: float | None = None  # of the file system that runs are written to
+    mpi: str | None = None  # srun --mpi; null: none, which the project's own ranks need
+    arch: str | None = None  # uname -m of the compute nodes
+    intra_node_gb_per_s: float | None = None  # per GPU and direction, to the GPUs of its node
+    inter_node_gb_per_s: float | None = None  # per GPU and direction, to other nodes
+    prices: list[PriceConfig] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # where the facts come from, with date
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
-    """Machines of a run."""
+    """Machines of a run, and what is asked of their scheduler."""
 
     nodes: int = 1
     gpus_per_node: int = 1  # ranks a node; on a CPU machine, processes
     timeout_s: int = 1800  # collective timeout
+    partition: str | None = None  # null: the site's default
+    account: str | None = None  # project that pays
+    time: str | None = None  # D-HH:MM:SS or HH:MM:SS; null: the partition's limit
+    max_lives: int = 20  # starts of one job, requeues included
+    max_lives_without_progress: int = 3  # lives in a row without a newer checkpoint
+    exclude: str | None = None  # nodes to stay away from, such as gn1001,gn[1003-1005]
+    image: str | None = None  # Singularity or Apptainer image that holds the environment
+    site: SiteConfig = field(default_factory=SiteConfig)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config.build import build
+from trainer.config.cluster import check_cluster
 from trainer.config.schema import PeftConfig, RunConfig
 from trainer.errors import ConfigError
 
@@ -37,6 +38,8 @@ LOWEST: dict[str, int] = {
     "cluster.nodes": 1,
     "cluster.gpus_per_node": 1,
     "cluster.timeout_s": 1,
+    "cluster.max_lives": 1,
+    "cluster.max_lives_without_progress": 1,
 }
 
 
@@ -90,6 +93,7 @@ def validate(config: RunConfig) -> list[str]:
         value = getattr(getattr(config, section), name)
         if value < low:
             problems.append(f"{key}={value}: expected {low} or more")
+    problems += check_cluster(config)
     return problems + _check_peft(config.peft) + _check_shares(config)
 
 
