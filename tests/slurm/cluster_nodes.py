@@ -1,0 +1,167 @@
+"""Machines made of namespaces: each with a hostname, an address, an interface and disks of its own.
+
+A namespace lives as long as a process in it, so ending a machine's processes removes it whole:
+interfaces, mounts and all. Nothing is registered under /run/netns.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERFACE = "ib0"
+START_TIMEOUT_S = 30
+QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+class ClusterError(RuntimeError):
+    """Something of the cluster did not start or end as it should."""
+
+
+def call(*command: str | Path, timeout_s: float = 60) -> str:
+    """Run a command; return what it printed.
+
+    Raises:
+        ClusterError: with its output, when it fails.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode:
+        raise ClusterError(f"{shlex.join(words)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def start(command: Sequence[str], **options: object) -> int:
+    """Start a daemon that holds none of our pipes; return its process."""
+    return subprocess.Popen(command, start_new_session=True, **QUIET, **options).pid  # type: ignore
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The namespaces of a machine, kept by the process ``holder``."""
+
+    name: str
+    holder: int
+
+    def inside(self, *command: str | Path) -> list[str]:
+        """Return ``command`` as one to run on this machine."""
+        enter = ["nsenter", "--target", str(self.holder), "--net", "--uts", "--mount"]
+        return [*enter, f"--wd={Path.cwd()}", *(str(word) for word in command)]
+
+    def call(self, *command: str | Path, timeout_s: float = 60) -> str:
+        """Run a command on this machine; return what it printed."""
+        return call(*self.inside(*command), timeout_s=timeout_s)
+
+    def processes(self) -> list[int]:
+        """Return the processes that run on this machine, its holder last."""
+        network = f"/proc/{self.holder}/ns/net"
+        try:
+            here = str(Path(network).readlink())
+        except OSError:
+            return []
+        found = [pid for pid in all_processes() if namespace_of(pid) == here]
+        return sorted(found, key=lambda pid: pid == self.holder)
+
+
+def start_machine(name: str, setup: Sequence[str] = ()) -> Machine:
+    """Make a machine without interfaces but ``lo``; ``setup`` are shell lines run on it first."""
+    lines = ["set -e", f"hostname {name}", "ip link set lo up", *setup, "exec sleep infinity"]
+    spaces = ["unshare", "--net", "--uts", "--mount", "--propagation", "private"]
+    holder = start([*spaces, "sh", "-c", "\n".join(lines)])
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (comm := command_name(holder)) != "sleep":
+        if not comm or time.monotonic() > deadline:
+            raise ClusterError(f"machine {name} did not start: {lines}")
+        time.sleep(0.01)
+    return Machine(name, holder)
+
+
+def connect(switch: Machine, port: str, machine: Machine, address: str) -> None:
+    """Give ``machine`` the interface ib0 with ``address``, on port ``port`` of the switch."""
+    peer = ["peer", "name", INTERFACE, "netns", str(machine.holder)]
+    switch.call("ip", "link", "add", port, "type", "veth", *peer)
+    switch.call("ip", "link", "set", port, "master", "bridge", "up")
+    machine.call("ip", "address", "add", address, "dev", INTERFACE)
+    machine.call("ip", "link", "set", INTERFACE, "up")
+
+
+def start_switch(host_interface: str, host_address: str) -> Machine:
+    """Make a machine that is a network switch, and plug this host in.
+
+    It has a network namespace of its own, where no firewall rule of the host drops its packets.
+    """
+    switch = start_machine("switch", ["ip link add bridge type bridge", "ip link set bridge up"])
+    peer = ["peer", "name", "host", "netns", str(switch.holder)]
+    call("ip", "link", "add", host_interface, "type", "veth", *peer)
+    switch.call("ip", "link", "set", "host", "master", "bridge", "up")
+    call("ip", "address", "add", host_address, "dev", host_interface)
+    call("ip", "link", "set", host_interface, "up")
+    return switch
+
+
+def can_make_machines() -> bool:
+    """Return whether namespaces, bridges and private mounts are allowed here."""
+    try:
+        machine = start_machine("trial", ["ip link add bridge type bridge"])
+    except (ClusterError, OSError):
+        return False
+    end_processes([machine.holder])
+    return True
+
+
+def all_processes() -> list[int]:
+    """Return the processes of this host that are no zombies."""
+    numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in numbers if is_alive(pid)]
+
+
+def command_name(pid: int) -> str:
+    """Return the name of a living process, "" of one that is gone."""
+    text = read_stat(pid)
+    return text[text.index("(") + 1 : text.rindex(")")] if is_alive(pid) else ""
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists and is no zombie."""
+    text = read_stat(pid)
+    return bool(text) and text[text.rindex(")") + 2] not in "ZX"
+
+
+def read_stat(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def namespace_of(pid: int) -> str:
+    """Return the network namespace of a process, "" when it is gone."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/net").readlink())
+    except OSError:
+        return ""
+
+
+def end_processes(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
+    """Send a signal to processes, some of which may be gone, and wait until all are."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while any(is_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            raise ClusterError(f"processes that do not end: {[p for p in pids if is_alive(p)]}")
+        time.sleep(0.02)
+    for pid in pids:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            continue  # not a child of ours

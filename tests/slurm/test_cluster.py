@@ -1,0 +1,100 @@
+"""The cluster itself: it runs jobs like Taiwania 2, loses nodes, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, down, missing, up
+from cluster_nodes import ClusterError, all_processes, call
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+ACCOUNT = "--account=MST109001"
+
+
+def traces() -> dict[str, list[str]]:
+    """Return what a cluster could leave on this host."""
+    spaces = {str(path) for path in Path("/run").glob("netns/*")}
+    return {
+        "interfaces": sorted(call("ip", "-brief", "link").split()),
+        "mounts": sorted(Path("/proc/mounts").read_text().splitlines()),
+        "namespaces": sorted(spaces),
+        "hosts": Path("/etc/hosts").read_text().splitlines(),
+        "temporary": sorted(str(path) for path in Path("/tmp").glob("*pmix*")),
+    }
+
+
+@pytest.mark.parametrize("variant", ["namespaces", "simple"])
+def test_a_cluster_leaves_nothing(tmp_path: Path, variant: str) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    before = traces()
+    cluster = up(tmp_path / "cluster", num_nodes=2, variant=variant)
+    job = cluster.submit(
+        "#!/bin/bash\nsetsid sleep 1000 &\nsrun sleep 1000\n", "--nodes=2", ACCOUNT, "--gres=gpu:1",
+        f"--output={tmp_path}/out"
+    )  # fmt: skip
+    cluster.wait(job, "RUNNING")
+    assert traces() != before
+    left = cluster.processes()
+    assert len(left) > 5
+    down(cluster)
+    assert traces() == before
+    assert not set(left) & set(all_processes())
+    assert not (tmp_path / "cluster").exists()
+
+
+def test_nodes_have_names_addresses_gpus_and_disks_of_their_own(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    script = f"""#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=2 --gres=gpu:2 {ACCOUNT} --output={tmp_path}/out
+srun bash -c 'echo $(hostname) $(hostname -I) $CUDA_VISIBLE_DEVICES; touch {cluster.scratch}/$(hostname)'
+srun ls {cluster.scratch}
+"""
+    cluster.wait(cluster.submit(script), "COMPLETED")
+    lines = (tmp_path / "out").read_text().splitlines()
+    said, files = lines[:4], lines[4:]
+    nodes = sorted({line.split()[0] for line in said})
+    assert len(nodes) == 2 and len({line.split()[1] for line in said}) == 2
+    assert {line.split()[2] for line in said} == {"0,1"}
+    assert sorted(files) == sorted(nodes * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gres=gpu:1"], "Account required"),
+        ([ACCOUNT], "Every job needs a GPU"),
+        ([ACCOUNT, "--gres=gpu:1", "--cpus-per-task=5"], "at most 4 for each"),
+        ([ACCOUNT, "--gres=gpu:1", "--mem=100G"], "at most 90 GB"),
+        ([ACCOUNT, "--gres=gpu:1", "--partition=express"], "not for projects of MST"),
+        ([ACCOUNT, "--gres=gpu:1", "--time=31"], "time limit is invalid"),
+        ([ACCOUNT, "--gres=gpu:1", "--nodes=5"], "Node count"),
+    ],
+)
+def test_jobs_that_the_site_does_not_allow_are_refused(
+    cluster: Cluster, options: list[str], said: str
+) -> None:
+    with pytest.raises(ClusterError, match=said):
+        cluster.submit("#!/bin/bash\n", *options)
+
+
+def test_the_example_of_the_command_line(tmp_path: Path) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    script = str(Path(__file__).with_name("cluster.py"))
+    folder = str(tmp_path / "cluster")
+    said = call("python3", script, "up", folder, "--nodes", "1")
+    try:
+        environ = {"SLURM_CONF": said.strip().partition("=")[2]}
+        states = call("env", *(f"{k}={v}" for k, v in environ.items()), "sinfo", "-h", "-o", "%T")
+        assert set(states.split()) == {"idle"}
+        done = subprocess.run(
+            ["python3", script, "run", folder, "n1", "hostname"], capture_output=True
+        )
+        assert done.stdout.decode().split() == ["n1"]
+    finally:
+        call("python3", script, "down", folder)
+    assert not Path(folder).exists()
