@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import local, rendezvous, run_folder, validation
+from launch import local, rank_log, rendezvous, run_folder, validation
 from launch.prepare import ensure_prepared
 from launch.rendezvous import Rendezvous
 from launch.secrets import flatten, refuse_secrets
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     found = rendezvous.detect(os.environ)
     if found.launcher == "plain" and _num_ranks(values) > 1:
         return _start_ranks(values)
-    return run_rank(values, found)
+    with rank_log.kept(values, found):
+        return run_rank(values, found)
 
 
 def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
