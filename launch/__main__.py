@@ -19,6 +19,7 @@ VERBS = {
     "chat": ("launch.chat", "talk with a model in the terminal"),
     "generate": ("launch.generate", "answer a file of prompts"),
     "serve": ("launch.serve", "answer over HTTP, as OpenAI's API does"),
+    "doctor": ("launch.doctor", "say whether this machine, or nodes of a job, are fit for a run"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
 WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/
