@@ -60,6 +60,8 @@ def dispatch(argv: Sequence[str]) -> int:
         config = importlib.import_module("launch.compose").compose_config(overrides)
         check = len(overrides) < len(arguments)
         return importlib.import_module("launch.prepare").main(config, check) or 0
+    if verb == "run" and any(word.startswith("pipeline=") for word in arguments):
+        return importlib.import_module("launch.pipeline").main(arguments)
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0
 
 

@@ -28,6 +28,7 @@ from trainer.errors import ConfigError
 
 CONF = ROOT / "conf"
 REQUIRED = "\0required "  # what ${required:WHAT} in an option's file becomes unless it is set
+NO_GROUPS = ("pipeline",)  # folders of conf/ whose files are no part of a run
 COMPOSITION_ONLY = ("data_root",)  # keys that other values refer to; no part of a run's config
 
 
@@ -78,7 +79,7 @@ def compose_verb(verb: str, overrides: Sequence[str], conf: Path = CONF) -> dict
 
 def group_options(conf: Path = CONF) -> dict[str, list[str]]:
     """Return the options of every config group, read from the folders of ``conf``."""
-    folders = sorted(p for p in conf.iterdir() if p.is_dir())
+    folders = sorted(p for p in conf.iterdir() if p.is_dir() and p.name not in NO_GROUPS)
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
 
 

@@ -102,6 +102,7 @@ def _write_model(
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
     from trainer.models.export import write_shards
+    from trainer.models.identity import model_identity
     from trainer.models.load import special_ids
 
     tokenizer = load_tokenizer(options.run / "tokenizer")
@@ -126,7 +127,7 @@ def _write_model(
     if config.stage["name"] != REWARD:
         GenerationConfig(**generation).save_pretrained(folder)
     _copy_tokenizer(tokenizer, options.run / "tokenizer", folder)
-    write_pair_manifest(folder, folder)
+    write_pair_manifest(folder, folder, {"model_identity": model_identity(folder)})
     return {
         "num_params": num_params,
         "precision": precision,

@@ -15,10 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import local, rank_log, rendezvous, run_folder, validation
+from launch import local, rank_log, rendezvous, run_folder, tenancy, validation
+from launch.node_environment import node_name, prepare_node
+from launch.graph import lineage
 from launch.prepare import ensure_prepared
 from launch.rendezvous import Rendezvous
 from launch.secrets import flatten, refuse_secrets
+from launch.slurm_queue import job_time_limit
+from launch.tenancy import Stay
 from launch.validation import Run
 from trainer.config import RunConfig, grad_accum_steps, load_config
 from trainer.errors import EXIT_RESUME, ConfigError
@@ -41,31 +45,42 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     found = rendezvous.detect(os.environ)
     if found.launcher == "plain" and _num_ranks(values) > 1:
-        return _start_ranks(values)
+        return start_ranks(values)
+    if options.config not in (None, "-"):
+        rendezvous.adopt_world(values, found)
     with rank_log.kept(values, found):
         return run_rank(values, found)
 
 
 def run_rank(values: dict[str, Any], found: Rendezvous) -> int:
     """Run a stage as the rank ``found``; return the exit code."""
+    with tenancy.recorded_stay(Path(str(values.get("run_dir"))), found.rank) as stay:
+        _run_rank(values, found, stay)
+    return 0
+
+
+def _run_rank(values: dict[str, Any], found: Rendezvous, stay: Stay) -> None:
     found.export(os.environ)
+    if found.rank == 0:
+        lineage.begin_run(values.get("run_dir"))
     os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))
     with _kept():
-        _name_accelerator()
+        name_accelerator()
         run = validation.build_run(values)
     if not run.stage.single_process:
         rendezvous.check_world(found, run.config.cluster)
         grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
         if found.launcher == "plain" and run.config.data.sources:
             ensure_prepared(run.config)
-        run, remarks = validation.settle(run)
+        settled, remarks = validation.settle(run)
         for remark in remarks if found.rank == 0 else ():
             LOG.warning(remark)
-        _run_together(run, found)
+        prepare_node(settled.config.cluster, found, os.environ)
+        with _claimed(settled.config, run.config, found, stay):
+            _run_together(settled, found, stay)
     elif found.rank == 0:  # a job of several ranks may hold such a stage: the others leave
-        _claim(run.config, found)
-        run.stage.run(Context(run.config, Path(run.config.run_dir)))
-    return 0
+        with _claimed(run.config, run.config, found, stay):
+            run.stage.run(Context(run.config, stay.run_dir, lease=stay.lease))
 
 
 @contextmanager
@@ -79,7 +94,7 @@ def _kept() -> Iterator[None]:
         gc.enable()
 
 
-def _name_accelerator() -> None:
+def name_accelerator() -> None:
     """Spare a machine without one DeepSpeed's search and its warning on every rank."""
     import torch
 
@@ -87,21 +102,24 @@ def _name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _run_together(run: Run, found: Rendezvous) -> None:
+def _run_together(run: Run, found: Rendezvous, stay: Stay) -> None:
     """Run a stage with the other ranks, if all of them are about to do the same."""
     from launch import agreement
     from trainer.engine.engine import init_distributed
 
-    config, run_dir = run.config, Path(run.config.run_dir)
-    if found.rank == 0:
-        _claim(config, found)
+    config, run_dir = run.config, stay.run_dir
     local_rank = rendezvous.device_index(found.local_rank, os.environ)
     with agreement.among_ranks(found.rank):
         agreement.join(config.cluster.timeout_s)
         if found.world_size > 1:
             agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
+            if found.launcher == "slurm":
+                agreement.refuse_crowding(config.cluster.nodes, node_name(os.environ))
+        stay.lease = agreement.share_lease(run_dir, stay.lease)
         init_distributed(local_rank, config.cluster.timeout_s)
-        run.stage.run(Context(config, run_dir, found.rank, found.world_size, local_rank))
+        limit = job_time_limit(os.environ) if found.rank == 0 else None
+        place = (found.rank, found.world_size, local_rank)
+        run.stage.run(Context(config, run_dir, *place, stay.lease, limit))
         agreement.part()
 
 
@@ -113,8 +131,16 @@ def _num_ranks(values: dict[str, Any]) -> int:
     return asked if isinstance(asked, int) else 1
 
 
-def _start_ranks(values: dict[str, Any]) -> int:
-    """Start the ranks of this machine; they check the stage, whose import takes seconds."""
+def start_ranks(values: dict[str, Any]) -> int:
+    """Start the ranks of this machine; they check the stage, whose import takes seconds.
+
+    Returns:
+        The exit code of the whole.
+
+    Raises:
+        ConfigError: what is wrong with ``values``, or the run needs other machines too.
+        DataError: sources that cannot be used.
+    """
     try:
         config = load_config(values)
     except ConfigError:
@@ -125,10 +151,12 @@ def _start_ranks(values: dict[str, Any]) -> int:
             f"cluster.nodes={config.cluster.nodes}, but this process was started alone; start one "
             "task per GPU with srun, or torchrun or mpiexec on every node"
         )
+    command = [sys.executable, "-m", "launch", "run", "--config", "-"]
+    if config.stage["name"] in SINGLE_PROCESS:
+        return local.run_ranks(command, 1, json.dumps(values))
     grad_accum_steps(config, config.cluster.gpus_per_node)
     if config.data.sources:
         ensure_prepared(config)  # here, where no rank waits for it behind a collective timeout
-    command = [sys.executable, "-m", "launch", "run", "--config", "-"]
     return local.run_ranks(command, config.cluster.gpus_per_node, json.dumps(values))
 
 
@@ -180,7 +208,18 @@ def _leave_on_signals() -> None:
     local.accept_signals()
 
 
-def _claim(config: RunConfig, found: Rendezvous) -> None:
-    run_dir = Path(config.run_dir)
-    changes = run_folder.claim(run_dir, config)
-    run_folder.record_life(run_dir, found.launcher, found.world_size, changes)
+@contextmanager
+def _claimed(config: RunConfig, asked: RunConfig, found: Rendezvous, stay: Stay) -> Iterator[None]:
+    """Hold the run folder on rank 0: nobody else may live in it during the block."""
+    if found.rank != 0:
+        yield
+        return
+    run_dir, same = stay.run_dir, (config, asked, validation.complete_section)
+    run_folder.refuse_other_run(run_dir, *same)
+    with run_folder.writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stay.lease = lease = tenancy.take_lease(run_dir, os.environ)
+    changes = run_folder.claim(run_dir, *same)
+    run_folder.record_life(run_dir, found.launcher, found.world_size, changes, lease.token)
+    with lease.beating():
+        yield

@@ -7,19 +7,18 @@ import fnmatch
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, build
 from trainer.errors import CheckpointError, ConfigError, StorageError
+from trainer.lives import append_line, newest_step, read_lives, slurm_life, utc_now
 
 CONFIG_FILE = "config.yaml"
-LIVES_FILE = "lives.jsonl"
 # What a later life may change: where and how fast a run computes, what it keeps and shows. A
 # checkpoint is independent of ZeRO stage, offload and world size, and the loss of micro_batch_size.
 CHANGEABLE = (
@@ -34,11 +33,24 @@ CHANGEABLE = (
     "loop.keep_last",
     "loop.keep_every",
 )
+CompleteSection = Callable[[dict[str, Any]], dict[str, Any]]
 HEADER = "# The run's whole configuration; resume, export and report read it. Do not edit.\n"
 
 
-def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
+def claim(
+    run_dir: Path,
+    config: RunConfig,
+    asked: RunConfig | None = None,
+    complete_stage: CompleteSection | None = None,
+) -> dict[str, list[Any]]:
     """Freeze ``config`` in ``run_dir``, or find there the same one from an earlier life.
+
+    Args:
+        run_dir: the run's folder.
+        config: of this life.
+        asked: ``config`` before it was settled: what the folder of a submitted run holds until
+            its first life.
+        complete_stage: see ``check_same_run``.
 
     Returns:
         Keys that changed since the last life, each with its old and new value.
@@ -49,12 +61,8 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
         StorageError: when the folder cannot be written.
     """
     path = run_dir / CONFIG_FILE
-    if not path.exists() and any((run_dir / "checkpoints").glob("step_*")):
-        raise CheckpointError(
-            f"run_dir={run_dir} holds checkpoints but no {CONFIG_FILE}, so nobody can tell what "
-            "run they are of; bring the file back, delete the folder, or give another run_dir"
-        )
-    with _writing(run_dir):
+    refuse_other_run(run_dir, config, asked, complete_stage)
+    with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
         try:
@@ -62,8 +70,8 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
             os.link(temporary, path)  # fails if another life, or another job just now, was first
             return {}
         except FileExistsError:
-            changes = check_same_run(run_dir, config)
-            if changes:
+            changes = refuse_other_run(run_dir, config, asked, complete_stage)
+            if freeze(config) != path.read_text(encoding="utf-8"):
                 temporary.replace(path)
             return changes
         finally:
@@ -71,19 +79,51 @@ def claim(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
             _sync_folder(run_dir)
 
 
-def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
+def refuse_other_run(
+    run_dir: Path,
+    config: RunConfig,
+    asked: RunConfig | None = None,
+    complete_stage: CompleteSection | None = None,
+) -> dict[str, list[Any]]:
+    """Do what ``claim`` does, but write nothing: the checks and what they find changed."""
+    if not (run_dir / CONFIG_FILE).exists():
+        if any((run_dir / "checkpoints").glob("step_*")):
+            raise CheckpointError(
+                f"run_dir={run_dir} holds checkpoints but no {CONFIG_FILE}, so nobody can tell "
+                "what run they are of; bring the file back, delete the folder, or give another "
+                "run_dir"
+            )
+        return {}
+    lived = any("started" in life for life in read_lives(run_dir))
+    return check_same_run(run_dir, config if lived else asked or config, complete_stage)
+
+
+def check_same_run(
+    run_dir: Path, config: RunConfig, complete_stage: CompleteSection | None = None
+) -> dict[str, list[Any]]:
     """Return the keys of the frozen config that ``config`` changes, if all of them may change.
+
+    A key that the schema got since the config was frozen had its default then.
+
+    Args:
+        run_dir: the run's folder.
+        config: of this life.
+        complete_stage: fills in the defaults of the ``stage`` section. Without it, as on a login
+            node that must not load a stage, newer keys of that section are left to the ranks.
 
     Raises:
         ConfigError: when another key differs.
     """
     frozen = read(run_dir / CONFIG_FILE)
-    changes = differences(frozen, plain(config))
+    changes = differences(_completed(frozen, complete_stage), plain(config))
+    if complete_stage is None:
+        section = dict(_leaves({"stage": frozen.get("stage", {})}))
+        changes = {k: v for k, v in changes.items() if k in section or k.split(".")[0] != "stage"}
     changeable: tuple[str, ...] = (*CHANGEABLE, "run_dir")
     if config.schedule.name == "constant" and not config.schedule.warmup_share:
         # No learning rate of the past depends on them.
         changeable += ("loop.max_steps", "loop.epochs")
-    refused = {k: v for k, v in changes.items() if not _matches(k, changeable)}
+    refused = {k: v for k, v in changes.items() if not matches(k, changeable)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
         if "loop.max_steps" in refused and config.loop.epochs is not None:
@@ -99,18 +139,35 @@ def check_same_run(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
     return {key: value for key, value in changes.items() if key != "run_dir"}
 
 
-def record_life(run_dir: Path, launcher: str, world_size: int, changes: Mapping[str, Any]) -> None:
+def _completed(frozen: dict[str, Any], complete_stage: CompleteSection | None) -> dict[str, Any]:
+    """Return a frozen config with the defaults of keys that are newer than it."""
+    config = build(RunConfig, frozen, "", problems := [])
+    if config is None or problems:
+        return frozen  # of a schema that knew other keys: the comparison names them
+    whole = plain(config)
+    return whole | {"stage": complete_stage(whole["stage"])} if complete_stage else whole
+
+
+def record_life(
+    run_dir: Path,
+    launcher: str,
+    world_size: int,
+    changes: Mapping[str, Any],
+    token: int | None = None,
+) -> None:
     """Append when, where and with which changes this life of the run started."""
     life = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": utc_now(),
+        "token": token,
         "host": socket.gethostname(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        **slurm_life(os.environ),
         "launcher": launcher,
         "world_size": world_size,
+        "first_step": newest_step(run_dir),
         "changes": dict(changes),
     }
-    with _writing(run_dir), (run_dir / LIVES_FILE).open("a", encoding="utf-8") as lives:
-        lives.write(json.dumps(life, ensure_ascii=False) + "\n")
+    with writing(run_dir):
+        append_line(run_dir, life)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -154,7 +211,8 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(key), value
 
 
-def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+def matches(key: str, patterns: tuple[str, ...]) -> bool:
+    """Say whether a dotted key is one of ``patterns``, in which ``*`` stands for anything."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
@@ -175,7 +233,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _writing(run_dir: Path) -> Iterator[None]:
+def writing(run_dir: Path) -> Iterator[None]:
+    """Turn an error of writing into one that names the folder and the remedy."""
     try:
         yield
     except OSError as error:

@@ -194,6 +194,7 @@ def write_pair_manifest(
     manifest = {
         "format": "kuroshio-pair-1",
         "tokenizer_fingerprint": fingerprint(tokenizer_path),
+        "template_sha256": template_sha256(tokenizer_path),
         "sentencepiece_sha256": fingerprint(model_file) if model_file else None,
         "vocab_size": vocab_size(tokenizer_path),
         "embedding_rows": embedding_rows(model_folder),
@@ -202,6 +203,12 @@ def write_pair_manifest(
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (Path(model_folder) / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
     return manifest
+
+
+def template_sha256(path: str | Path) -> str | None:
+    """Return the SHA-256 of a folder's chat template; None where it has none."""
+    template = _chat_template(Path(path))
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
 def check_pair(model_folder: str | Path, tokenizer_path: str | Path) -> None:

@@ -24,6 +24,7 @@ from tokenizer.load import (
 )
 from trainer.errors import ConfigError
 from trainer.models.aside import written_aside
+from trainer.models.identity import model_identity
 from trainer.models.new_rows import Init, Vocabulary, iterate_new_rows, relate_vocabularies
 from trainer.models.shards import Progress, rewrite_shard
 
@@ -116,7 +117,8 @@ def resize_model(
         result = Resize(
             old_rows, num_rows, vocabulary.num_ids, vocabulary.num_base, init, seed, tied, names
         )
-        write_pair_manifest(folder, folder, {"resize": asdict(result)})
+        more = {"model_identity": model_identity(folder), "resize": asdict(result)}
+        write_pair_manifest(folder, folder, more)
     return result
 
 

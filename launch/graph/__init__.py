@@ -1,0 +1,1 @@
+"""Pipelines: stages as a graph of steps, from conf/pipeline to run folders."""

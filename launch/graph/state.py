@@ -1,0 +1,123 @@
+"""``DIR/pipeline.json``: every step of a pipeline and what became of it.
+
+Only the verb writes it, never a job: two jobs would overwrite each other's lines. ``read_states``
+adds what jobs have left in the steps' folders, and what Slurm says of them. Standard library and
+YAML only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.graph.lineage import is_complete, read_json, write_json
+from launch.slurm_queue import LIVING, job_state
+from trainer.config import build
+from trainer.errors import CheckpointError
+from trainer.lives import read_lives, utc_now
+
+STATE_FILE = "pipeline.json"
+FORMAT = 1
+State = Literal["waiting", "running", "submitted", "done", "failed", "held", "stopped"]
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One step as the table of a pipeline shows it."""
+
+    kind: Literal["run", "export", "tokenizer"]
+    stage: str | None  # of a run
+    folder: str
+    parents: list[str]
+    state: State = "waiting"
+    job: str | None = None  # Slurm's number
+    started: str | None = None
+    ended: str | None = None
+    exit_code: int | None = None
+    reason: str | None = None  # why it failed, is held or was left out
+
+
+@dataclass(frozen=True)
+class PipelineState:
+    """The whole file."""
+
+    pipeline: str
+    file: str
+    overrides: list[str]
+    launched: Literal["run", "submit"]
+    cluster: str | None
+    steps: dict[str, StepState]
+    updated: str = ""
+    format: int = FORMAT
+
+    def changed(self, step: str, **values: Any) -> PipelineState:
+        """Return the state with other values for one step."""
+        new = dataclasses.replace(self.steps[step], **values)
+        return dataclasses.replace(self, steps={**self.steps, step: new})
+
+
+def write_state(folder: Path, state: PipelineState) -> None:
+    """Write ``pipeline.json``, whole or not at all."""
+    write_json(folder / STATE_FILE, dataclasses.asdict(state) | {"updated": utc_now()})
+
+
+def read_state(folder: Path) -> PipelineState | None:
+    """Return what the verb wrote last; None when the folder holds no pipeline.
+
+    Raises:
+        CheckpointError: a file that is damaged, or of another version.
+    """
+    values = read_json(folder / STATE_FILE)
+    if values is None:
+        return None
+    problems: list[str] = []
+    state = build(PipelineState, values, STATE_FILE, problems)
+    if state is None or state.format != FORMAT:
+        raise CheckpointError(f"{folder / STATE_FILE}: {'; '.join(problems) or 'other version'}")
+    return state
+
+
+def read_states(folder: Path) -> dict[str, StepState]:
+    """Return every step as it is now: done, alive in Slurm, failed, or held by a parent.
+
+    Raises:
+        CheckpointError: the folder holds no pipeline, or a damaged one.
+    """
+    state = read_state(folder)
+    if state is None:
+        raise CheckpointError(f"{folder} holds no {STATE_FILE}, so it is no pipeline's folder")
+    now: dict[str, StepState] = {}
+    for name, step in state.steps.items():
+        now[name] = _look(folder, name, step, now)
+    return now
+
+
+def _look(folder: Path, name: str, step: StepState, known: Mapping[str, StepState]) -> StepState:
+    if is_complete(folder, name):
+        return dataclasses.replace(step, state="done", reason=None)
+    if step.job is None or step.state not in ("submitted", "running"):
+        return step
+    slurm = job_state(step.job)
+    if slurm in LIVING:
+        return dataclasses.replace(step, state="running")
+    if slurm is None or slurm == "PENDING":
+        return step
+    broken = [p for p in step.parents if p in known and known[p].state in ("failed", "held")]
+    if broken:
+        reason = f"{broken[0]} has not finished, so Slurm dropped job {step.job}"
+        return dataclasses.replace(step, state="held", reason=reason)
+    return dataclasses.replace(step, state="failed", **_last_words(folder / name, step.job))
+
+
+def _last_words(run: Path, job: str) -> dict[str, Any]:
+    """Return why a step's last life ended, as far as it could say so."""
+    life = next((life for life in reversed(read_lives(run)) if life.get("job") == job), {})
+    reason = life.get("decision_reason") or life.get("reason")
+    return {
+        "exit_code": life.get("exit_code"),
+        "ended": life.get("ended"),
+        "reason": reason or f"job {job} ended and said nothing; its output is in {run}/logs",
+    }
