@@ -87,6 +87,13 @@ def check_submission(cluster: ClusterConfig) -> list[str]:
             f"cluster.account=null: jobs on {site.name} are paid by a project{example}; give "
             "cluster.account=PROJECT"
         )
+    limits, name = partition_limits(cluster), partition_name(cluster)
+    theirs = limits.account_pattern
+    if account is not None and theirs and not re.fullmatch(theirs, account):
+        problems.append(
+            f"cluster.partition={name} is for {limits.who}, not for cluster.account={account}; use "
+            "another partition"
+        )
     pattern = site.account_pattern
     if account is not None and pattern and not re.fullmatch(pattern, account):
         problems.append(

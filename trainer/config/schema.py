@@ -160,6 +160,7 @@ class PartitionConfig:
     gpu_memory_gb: float | None = None
     arch: str | None = None
     who: str = "all"  # whose projects may use it
+    account_pattern: str | None = None  # regular expression of their whole account names
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class PriceConfig:
     currency: str
     per_gpu_hour: float
     source: str
-    date: str  # of the source, YYYY-MM-DD or YYYY-MM
+    date: str | None  # of the source; null: it has none
 
 
 @dataclass(frozen=True)
