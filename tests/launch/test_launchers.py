@@ -6,42 +6,21 @@ a ``sitecustomize`` on PYTHONPATH.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
+from probe_runs import PROBE, ROOT, RUN, SCRIPTS, check_ranks, environment, words
 
-from launch.help import CONF
 from launch.rendezvous import free_port
 from trainer.errors import EXIT_RESUME
 
-ROOT = Path(__file__).resolve().parents[2]
-PROBE = Path(__file__).resolve().parent / "probe"
-SCRIPTS = Path(sys.executable).parent
-RUN = [sys.executable, "-m", "launch", "run"]
 TIMEOUT_S = 300  # the first run on a machine may compile an op of DeepSpeed
-
-
-def words(run_dir: Path, *more: str, num_ranks: int = 2) -> list[str]:
-    """Return the overrides of a probe run: the default stage's fields make place for its own."""
-    text = (CONF / "stage" / "pretrain.yaml").read_text(encoding="utf-8")
-    fields = [f"~stage.{key}" for key in yaml.safe_load(text)["stage"] if key != "name"]
-    stage = ["stage.name=probe", *fields]
-    return [*stage, f"run_dir={run_dir}", f"cluster.gpus_per_node={num_ranks}", *more]
-
-
-def environment(**more: str) -> dict[str, str]:
-    environ = {**os.environ, "PYTHONPATH": f"{PROBE}:{ROOT}", "OMP_NUM_THREADS": "1", **more}
-    environ["PATH"] = f"{SCRIPTS}:{environ['PATH']}"
-    return environ
 
 
 def run(command: Sequence[str], **environ: str) -> subprocess.CompletedProcess[str]:
@@ -49,17 +28,6 @@ def run(command: Sequence[str], **environ: str) -> subprocess.CompletedProcess[s
         command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S,
         env=environment(**environ),
     )  # fmt: skip
-
-
-def check_two_ranks(run_dir: Path, launcher: str) -> None:
-    """Check that both ranks saw each other, and what the run folder says about them."""
-    for rank in (0, 1):
-        place = json.loads((run_dir / f"rank{rank}.json").read_text())
-        assert (place["rank"], place["world_size"], place["total"]) == (rank, 2, 1.0)
-        assert (place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"]) == (str(rank), "2")
-        assert place["mpi4py"] == (launcher == "mpi")
-    lives = [json.loads(line) for line in (run_dir / "lives.jsonl").read_text().splitlines()]
-    assert [(life["launcher"], life["world_size"]) for life in lives] == [(launcher, 2)]
 
 
 def by_hand(
@@ -93,7 +61,7 @@ def rank_variables() -> list[dict[str, str]]:
 def test_plain_python_starts_the_ranks_itself(tmp_path: Path) -> None:
     done = run([*RUN, *words(tmp_path)])
     assert done.returncode == 0, done.stderr
-    check_two_ranks(tmp_path, "local")
+    check_ranks(tmp_path, "local")
     assert "rank 0 is here" in done.stdout
     assert "[rank 1] rank 1 is here" in done.stderr
 
@@ -102,7 +70,7 @@ def test_torchrun(tmp_path: Path) -> None:
     launcher = [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     done = run([*launcher, "-m", "launch", "run", *words(tmp_path)])
     assert done.returncode == 0, done.stderr
-    check_two_ranks(tmp_path, "torchrun")
+    check_ranks(tmp_path, "torchrun")
 
 
 @pytest.mark.slow
@@ -113,7 +81,7 @@ def test_deepspeed(tmp_path: Path) -> None:
         DS_ACCELERATOR="cpu",
     )
     assert done.returncode == 0, done.stderr
-    check_two_ranks(tmp_path, "deepspeed")
+    check_ranks(tmp_path, "deepspeed")
 
 
 @pytest.mark.slow
@@ -124,7 +92,7 @@ def test_mpiexec(tmp_path: Path) -> None:
     launcher = [mpiexec, "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     done = run([*launcher, *RUN, *words(tmp_path)])
     assert done.returncode == 0, done.stderr
-    check_two_ranks(tmp_path, "mpi")
+    check_ranks(tmp_path, "mpi")
 
 
 @pytest.mark.slow
@@ -143,7 +111,7 @@ def test_slurm_tasks(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     results = by_hand(tasks, [[*RUN, *words(run_dir)]] * 2)
     assert [code for code, _ in results] == [0, 0], results
-    check_two_ranks(run_dir, "slurm")
+    check_ranks(run_dir, "slurm")
 
 
 def test_ranks_with_different_configs_and_folders_refuse_to_go_on(tmp_path: Path) -> None:
