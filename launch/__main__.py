@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import nearest
@@ -56,13 +57,29 @@ def dispatch(argv: Sequence[str]) -> int:
         print(importlib.import_module("launch.help").verb_help(verb, arguments), end="")
         return 0
     if verb == "prepare":
-        overrides = [word for word in arguments if word != "--check"]
-        config = importlib.import_module("launch.compose").compose_config(overrides)
-        check = len(overrides) < len(arguments)
-        return importlib.import_module("launch.prepare").main(config, check) or 0
+        return prepare(arguments)
     if verb == "run" and any(word.startswith("pipeline=") for word in arguments):
         return importlib.import_module("launch.pipeline").main(arguments)
+    if verb == "run" and arguments[:1] == ["--step"]:
+        return importlib.import_module("launch.graph.work").main(arguments[1:])
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0
+
+
+def prepare(arguments: list[str]) -> int:
+    """Prepare the sources of a config: composed from words, or a frozen one of ``--config FILE``.
+
+    Raises:
+        ConfigError: for what the config or the command line has wrong.
+    """
+    words = [word for word in arguments if word != "--check"]
+    check = len(words) < len(arguments)
+    module = importlib.import_module("launch.prepare")
+    if words[:1] == ["--config"]:
+        if len(words) != 2:
+            raise ConfigError("usage: kuroshio prepare --config FILE [--check]")
+        return module.main(module.read_frozen(Path(words[1])), check) or 0
+    config = importlib.import_module("launch.compose").compose_config(words)
+    return module.main(config, check) or 0
 
 
 def main() -> None:

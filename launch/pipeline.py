@@ -12,7 +12,7 @@ from launch import run
 from launch.graph import lineage, work
 from launch.graph.check import Values, check_stages, compose_runs
 from launch.graph.definition import ExportOptions, Pipeline, Step, read_pipeline
-from launch.graph.state import PipelineState, StepState, write_state
+from launch.graph.state import PipelineState, StepState, read_state, write_state
 from trainer.errors import EXIT_RESUME, ConfigError, KuroshioError
 from trainer.lives import utc_now
 
@@ -52,16 +52,16 @@ def main(words: Sequence[str]) -> int:
 def new_state(
     pipeline: Pipeline, composed: Mapping[str, Values], launched: Any, cluster: str | None
 ) -> PipelineState:
-    """Return the state of a pipeline none of whose steps has been looked at."""
-    steps = {
-        step.name: StepState(
-            step.kind,
-            composed[step.name]["stage"]["name"] if step.kind == "run" else None,
-            str(step.folder),
-            list(step.parents),
+    """Return the state of a pipeline before its steps are looked at, with what earlier calls saw."""
+    known = read_state(pipeline.folder)
+    steps = {}
+    for step in pipeline.steps.values():
+        stage = composed[step.name]["stage"]["name"] if step.kind == "run" else None
+        new = StepState(step.kind, stage, str(step.folder), list(step.parents))
+        old = known.steps.get(step.name, new) if known else new
+        steps[step.name] = dataclasses.replace(
+            new, job=old.job, started=old.started, ended=old.ended, exit_code=old.exit_code
         )
-        for step in pipeline.steps.values()
-    }
     file, overrides = str(pipeline.file), list(pipeline.overrides)
     return PipelineState(pipeline.name, file, overrides, launched, cluster, steps)
 

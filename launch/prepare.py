@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import run_folder
+from launch.graph import lineage
 from launch.rendezvous import mpi_barrier, mpi_place
-from trainer.config import RunConfig
+from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError, DataError, KuroshioError
 
 if TYPE_CHECKING:
@@ -56,6 +59,17 @@ def main(config: RunConfig, check: bool = False) -> None:
         os._exit(error.exit_code)
     if rank == 0:
         _print(summarise(store, config.data))
+
+
+def read_frozen(path: Path) -> RunConfig:
+    """Return the config of a run folder, whose parents in a pipeline must be as they should.
+
+    Raises:
+        ConfigError: what is wrong with it, or with a parent of its step.
+        CheckpointError: the file is missing or damaged.
+    """
+    lineage.begin_run(str(path.absolute().parent))
+    return load_config(run_folder.read(path))
 
 
 def _check(config: RunConfig, tokenizer: str, rank: int) -> None:

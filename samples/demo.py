@@ -3,14 +3,14 @@
 A tokenizer and a small LLaMA from scratch on English, the vocabulary extended with Chinese,
 continued pretraining with English replay, fine-tuning on conversations, a reward model of which
 answers are preferred, DPO and PPO from there, exports that plain transformers loads, and tables of
-what each step did. DEMO_DIR (default runs/demo) keeps everything; a second call resumes.
+what each step did. The steps are those of conf/pipeline/demo.yaml (`kuroshio run pipeline=demo`),
+the tables this script's. DEMO_DIR (default runs/demo) keeps everything; a second call resumes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,64 +24,7 @@ if TYPE_CHECKING:
 
 Chat = list[tuple[Any, str]]  # role and content
 
-COMMON = [
-    "engine=zero2",
-    "cluster.gpus_per_node=2",
-    "data.max_length=256",
-    "loop.micro_batch_size=8",
-]
-PRETRAINING = [
-    *COMMON,
-    "data=samples",
-    "loop.global_batch_tokens=8192",
-    "optim.lr=3e-3",
-    "schedule.warmup_steps=5",
-    "loop.log_every=5",
-]
-TUNING = [
-    *COMMON,
-    "stage=sft",
-    "data=chat_samples",
-    "data.template=chatml",  # the base has none of its own
-    "loop.global_batch_tokens=4096",
-    "loop.epochs=10",
-    "optim.lr=3e-3",
-    "loop.log_every=20",
-    "loop.save_every=100",
-    # Conversations of which some are courteous: what preferences make more of.
-    "+data.sources.manners.paths=[samples/manners_zh_tw.jsonl]",
-    "+data.sources.manners.schema=messages",
-    "+data.sources.manners.holdout_share=0.03",
-]
-PREFERENCES = [
-    *COMMON,
-    "data=preference_samples",
-    "loop.global_batch_tokens=4096",
-    "loop.log_every=5",
-    "model=folder",
-]
-# The chosen answers' own loss keeps them likely, and so right: without it both get less likely.
-DPO = ["stage=dpo", "stage.nll_weight=1", "loop.epochs=2", "optim.lr=2e-4"]
-PPO = [
-    "engine=zero2",
-    "cluster.gpus_per_node=2",
-    "stage=ppo",
-    "data=prompt_samples",
-    "data.max_length=64",
-    "loop.micro_batch_size=16",
-    "loop.max_steps=30",
-    "loop.log_every=5",
-    "loop.eval_every=15",
-    "optim.lr=1e-4",
-    "stage.sampling.max_new_tokens=48",
-    "stage.kl.coef=0.2",
-    "stage.update.epochs=2",
-    "stage.update.num_minibatches=2",
-    "stage.critic_lr_ratio=3",
-    "model=folder",
-]
 REPORTED = ("continued", "tuned", "reward", "dpo", "ppo")
-CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # the chat template's, new pieces of the vocabulary
 # As the messages of a conversation, user first; a text before | is the system prompt.
 SHOWN = [
     ["「黑」的反義詞是什麼？"],
@@ -94,35 +37,22 @@ SHOWN = [
 
 
 def main() -> None:
-    """Run the steps one after another; each is a command that a user would type."""
+    """Run the pipeline, write the reports of its runs, and show what each step did."""
+    from launch import pipeline, report
+
     start = time.time()
     os.chdir(ROOT)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     out = Path(os.environ.get("DEMO_DIR", "runs/demo"))
-    store = f"data.store_dir={out}/store"
-    make_base_tokenizer(out / "base_tokenizer")
-    base = [*PRETRAINING, store, "model=tiny", f"tokenizer.path={out}/base_tokenizer"]
-    # Chinese has no weight here: it is measured, not trained.
-    base += ["data.sources.zh_tw.weight=0", "loop.max_steps=80", "stage.sample_prompts=[The]"]
-    kuroshio("run", "stage=pretrain", *base, f"run_dir={out}/base")
-    export(out / "base", out / "base_model")
-    extension = ["data=samples", "model=folder", f"model.path={out}/base_model"]
-    extension += ["data.sources.en.weight=0", "stage.vocab_size=1600", f"run_dir={out}/vocab"]
-    kuroshio("run", "stage=vocab", *extension, f"stage.extra_pieces={json.dumps(CHAT_TOKENS)}")
-    continued = [*PRETRAINING, store, "model=folder", f"model.path={out}/vocab/model"]
-    continued += ["loop.max_steps=120", "loop.eval_every=40", "loop.save_every=40"]
-    continued += ['stage.sample_prompts=["春天","The"]', f"run_dir={out}/continued"]
-    kuroshio("run", "stage=pretrain", *continued)
-    export(out / "continued", out / "model")
-    kuroshio("report", str(out / "continued"))
-    tuned = [*TUNING, store, "model=folder", f"model.path={out}/model", f"run_dir={out}/tuned"]
-    kuroshio("run", *tuned)
-    export(out / "tuned", out / "chat_model")
-    kuroshio("report", str(out / "tuned"))
-    tune_by_preferences(out, store)
+    words = ["pipeline=demo", f"dir={out}"]
+    print(f"$ kuroshio run {' '.join(words)}", flush=True)
+    if code := pipeline.main(words):
+        sys.exit(code)
+    for run in REPORTED:
+        report.main([str(out / run)])
     show_table(out)
-    print(f"\n春天 → {generate(out / 'model', '春天')}")
-    print(f"The → {generate(out / 'model', 'The')}")
+    print(f"\n春天 → {generate(out / 'continued_model', '春天')}")
+    print(f"The → {generate(out / 'continued_model', 'The')}")
     show_answers(out)
     show_preferences(out)
     for name, path in (
@@ -133,46 +63,6 @@ def main() -> None:
     ):
         print(f"{name:8} {path}")
     print(f"total    {time.time() - start:.0f} s")
-
-
-def tune_by_preferences(out: Path, store: str) -> None:
-    """Train a reward model, and the fine-tuned model by DPO and by PPO."""
-    start = f"model.path={out}/chat_model"
-    pairs = [*PREFERENCES, store, start]
-    kuroshio("run", "stage=reward", *pairs, "optim.lr=1e-3", f"run_dir={out}/reward")
-    export(out / "reward", out / "reward_model")
-    kuroshio("run", *DPO, *pairs, f"run_dir={out}/dpo")
-    export(out / "dpo", out / "dpo_model")
-    judge = f"+stage.rewards.manners={{kind: model, path: {out}/reward_model}}"
-    kuroshio("run", *PPO, store, start, judge, f"run_dir={out}/ppo")
-    export(out / "ppo", out / "ppo_model")
-    for run in ("reward", "dpo", "ppo"):
-        kuroshio("report", str(out / run))
-
-
-def kuroshio(*words: str) -> None:
-    """Run one command, shown as typed; its failure ends the demo with its exit code."""
-    print(f"\n$ kuroshio {' '.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "launch", *words], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def make_base_tokenizer(folder: Path) -> None:
-    """Train the base model's tokenizer on the English texts."""
-    from tokenizer.load import save_tokenizer
-    from tokenizer.train import train_base
-
-    if not folder.exists():
-        lines = (ROOT / "samples/en.jsonl").read_text(encoding="utf-8").splitlines()
-        model = train_base((json.loads(line)["text"] for line in lines), vocab_size=700)
-        save_tokenizer(model, folder)
-
-
-def export(run: Path, out: Path) -> None:
-    """Export a run once."""
-    if not out.exists():
-        kuroshio("export", str(run), str(out), "--dtype", "fp32")
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
@@ -209,7 +99,7 @@ def show_answers(out: Path) -> None:
 
     from trainer.inference.loading import Loading, load_chat_model
 
-    before = load_chat_model(out / "model", Loading(template="chatml", precision="fp32"))
+    before = load_chat_model(out / "continued_model", Loading(template="chatml", precision="fp32"))
     after = load_chat_model(out / "chat_model", Loading(precision="fp32"))
     chats = [as_messages(turns) for turns in SHOWN]
     table = Table(title="Answers before and after fine-tuning", show_lines=True)

@@ -1,29 +1,32 @@
 """The steps that are no runs: a tokenizer, an export; here, or as a job of their own.
 
-``python -m launch.graph.work DIR STEP`` does what ``DIR/steps/STEP.json`` says.
+``kuroshio run --step DIR STEP`` does what ``DIR/steps/STEP.json`` says.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.graph import lineage
 from launch.graph.definition import ExportOptions, TokenizerOptions
 from trainer.config import SourceConfig, build
-from trainer.errors import CheckpointError, ConfigError, KuroshioError
+from trainer.errors import CheckpointError, ConfigError
 
 
-def main() -> int:
-    """Do one step; return its exit code."""
-    folder, step = Path(sys.argv[1]), sys.argv[2]
-    try:
-        do_step(folder, step)
-    except KuroshioError as error:
-        print(f"kuroshio: step {step}: {error}", file=sys.stderr)
-        return error.exit_code
+def main(arguments: Sequence[str]) -> int:
+    """Do one step of a pipeline, as a job of its own.
+
+    Args:
+        arguments: the pipeline's folder and the step's name.
+
+    Raises:
+        ConfigError: it cannot be done.
+    """
+    if len(arguments) != 2:
+        raise ConfigError("usage: kuroshio run --step DIR STEP")
+    do_step(Path(arguments[0]), arguments[1])
     return 0
 
 
@@ -78,8 +81,3 @@ def _make_tokenizer(options: TokenizerOptions, folder: Path, step: str) -> None:
     texts = [document.text for document in read_documents(source, step, rejects)]
     with written_aside(folder / step) as place:
         save_tokenizer(train_base(texts, vocab_size=options.vocab_size), place)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
