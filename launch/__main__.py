@@ -20,6 +20,7 @@ VERBS = {
     "chat": ("launch.chat", "talk with a model in the terminal"),
     "generate": ("launch.generate", "answer a file of prompts"),
     "serve": ("launch.serve", "answer over HTTP, as OpenAI's API does"),
+    "plan": ("launch.plan", "say what a run needs before it starts: memory, hours, jobs, money"),
     "doctor": ("launch.doctor", "say whether this machine, or nodes of a job, are fit for a run"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }

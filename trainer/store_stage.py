@@ -29,8 +29,8 @@ from trainer.loop import TrainStage
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters, find_peak
 from trainer.metrics.sinks import Sinks
+from trainer.models.architecture import read_architecture
 from trainer.models.families import isolates_documents
-from trainer.models.load import read_architecture
 from trainer.numerics import FiniteGuard
 from trainer.plan.architectures import read_size
 from trainer.plan.flops import ModelShape, flops_per_token

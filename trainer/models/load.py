@@ -6,7 +6,6 @@ a time, so that no rank ever holds the whole model.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from transformers.integrations.deepspeed import initialize_weights_zero3
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.models.architecture import read_architecture
 from trainer.models.filling import Fill, Made, Trimming, fill_plain, return_freed_memory
 from trainer.models.quantize import Quantization, quantize_layers
 from trainer.models.remote_code import runs_own_code
@@ -32,27 +32,6 @@ from trainer.models.remote_code import runs_own_code
 LOG = logging.getLogger(__name__)
 LANGUAGE = AutoModelForCausalLM
 CLASSIFIER = "ForSequenceClassification"  # ends the names of their classes
-
-
-def read_architecture(model: ModelConfig) -> dict[str, Any]:
-    """Return the architecture as plain data, without importing a model class.
-
-    Raises:
-        ConfigError: neither or both of path and architecture, or no readable config.json.
-    """
-    if (model.path is None) == (model.architecture is None):
-        raise ConfigError(
-            f"model.path={model.path} and model.architecture="
-            f"{'null' if model.architecture is None else 'set'}: give exactly one of the two"
-        )
-    if model.architecture is not None:
-        return dict(model.architecture)
-    path = Path(str(model.path)) / "config.json"
-    try:
-        architecture: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path} is no model folder: {error}") from error
-    return architecture
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
-from trainer.models.load import read_architecture
+from trainer.models.architecture import read_architecture
 from trainer.plan.architectures import read_size
 from trainer.rollout.experience import Advantage, KlConfig, ScoreConfig
 from trainer.rollout.rewards import reward_problems

@@ -1,0 +1,129 @@
+"""A plan as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.plan.occupancy import host_peak
+from trainer.plan.work import GB, RunPlan
+
+Row = tuple[str, str]
+
+
+def show_plan(plan: RunPlan, console: Console) -> None:
+    """Print a plan."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in describe(plan):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def describe(plan: RunPlan) -> list[Row]:
+    """Return a plan as (name, value) rows."""
+    return [
+        *_who(plan),
+        *_gpu(plan),
+        *_host(plan),
+        *_disk(plan),
+        *_time(plan),
+        *_cost(plan),
+        *(("does not fit" if index == 0 else "", text) for index, text in enumerate(plan.problems)),
+        *(("assumed" if index == 0 else "", text) for index, text in enumerate(plan.remarks)),
+    ]
+
+
+def show_gb(size: float) -> str:
+    """Return bytes as GB, of 10^9 bytes."""
+    return f"{size / GB:,.2f} GB" if size < 10 * GB else f"{size / GB:,.1f} GB"
+
+
+def show_hours(hours: float) -> str:
+    """Return hours as one would say them."""
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h ({hours / 24:.1f} days)"
+
+
+def _who(plan: RunPlan) -> Iterator[Row]:
+    gpu = plan.gpu or "of an unknown kind"
+    yield "run", f"{plan.stage} on {plan.machine}: {_gpus(plan)} {gpu}"
+    engine = f"ZeRO-{plan.zero_stage}, {plan.precision}"
+    if plan.offload_optimizer != "none":
+        engine += f", optimizer on {plan.offload_optimizer}"
+    if plan.offload_params != "none":
+        engine += f", parameters on {plan.offload_params}"
+    engine += ", activations computed again" if plan.activation_checkpointing else ""
+    yield "engine", f"{engine}, {plan.micro_batch_size} rows at once"
+    for role, kinds in plan.parameters.items():
+        parts = ", ".join(f"{kind} {number:,}" for kind, number in kinds.items())
+        yield role, f"{sum(kinds.values()):,} parameters: {parts}"
+    yield "trained", f"{plan.trained_parameters:,} parameters"
+
+
+def _gpus(plan: RunPlan) -> str:
+    nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
+    return f"{plan.num_gpus} GPUs ({nodes} x {plan.gpus_per_node})"
+
+
+def _gpu(plan: RunPlan) -> Iterator[Row]:
+    limit = "unknown size" if plan.gpu_bytes is None else f"{plan.gpu_bytes / GB:g} GB"
+    yield "each GPU", f"{show_gb(plan.peak_bytes)} at most, of {limit}"
+    yield from _parts(plan.memory)
+
+
+def _parts(parts: Mapping[str, float]) -> Iterator[Row]:
+    for name, size in parts.items():
+        if size >= 1e6:
+            yield "", f"{show_gb(size):>12}  {name}"
+
+
+def _host(plan: RunPlan) -> Iterator[Row]:
+    limit = "unknown" if plan.host_bytes is None else show_gb(plan.host_bytes)
+    if plan.host:
+        yield "each node", f"{show_gb(host_peak(plan.host))} of memory at most, of {limit}"
+        yield from _parts(plan.host)
+    if plan.nvme_bytes:
+        yield "", f"{show_gb(plan.nvme_bytes):>12}  on its own disk"
+
+
+def _disk(plan: RunPlan) -> Iterator[Row]:
+    quota = "quota unknown" if plan.quota_bytes is None else f"quota {show_gb(plan.quota_bytes)}"
+    one = show_gb(plan.checkpoint_bytes)
+    yield "checkpoints", f"{one} each, {show_gb(plan.disk_bytes)} at most; {quota}"
+
+
+def _time(plan: RunPlan) -> Iterator[Row]:
+    yield "a GPU sends", f"{show_gb(plan.network_bytes)} a step"
+    if plan.step_seconds is None:
+        yield "a step", f"{plan.flops_per_step:.3g} FLOPs; its time is unknown"
+        return
+    parts = ", ".join(
+        f"{name} {'unknown' if seconds is None else f'{seconds:.2f} s'}"
+        for name, seconds in plan.step_parts.items()
+    )
+    yield "a step", f"{plan.step_seconds:.2f} s ({parts}), {plan.tokens_per_s:,.0f} tokens/s"
+    if plan.hours is None:
+        yield "all steps", "their number is unknown"
+        return
+    jobs = "jobs unknown: no time limit is known"
+    if plan.num_jobs is not None and plan.limit_hours is not None:
+        jobs = f"{plan.num_jobs} job{'s' if plan.num_jobs > 1 else ''} of {plan.limit_hours:g} h"
+    yield "all steps", f"{plan.num_steps:,} in {show_hours(plan.hours)}: {jobs}"
+
+
+def _cost(plan: RunPlan) -> Iterator[Row]:
+    if plan.gpu_hours is None:
+        return
+    yield "GPU-hours", f"{plan.gpu_hours:,.1f}"
+    for cost in plan.costs:
+        yield (
+            "price",
+            f"{cost.currency} {cost.amount:,.0f} ({cost.who}; {cost.source}, {cost.date})",
+        )
+    if not plan.costs:
+        yield "price", "unknown: the profile has no price list (cluster.site.prices)"
