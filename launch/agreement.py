@@ -18,6 +18,7 @@ from launch.run_folder import CONFIG_FILE, plain
 from trainer.config import RunConfig
 from trainer.engine import collectives
 from trainer.errors import LostRankError, RanksDisagreeError
+from trainer.lease import Lease
 
 CODE = ("launch", "trainer", "tokenizer")
 
@@ -78,6 +79,27 @@ def part() -> None:
     collectives.barrier()
     dist.destroy_process_group()
     mpi_finalize()
+
+
+def share_lease(run_dir: Path, lease: Lease | None) -> Lease:
+    """Return rank 0's lease on every rank."""
+    return Lease(run_dir, collectives.broadcast_int(lease.token if lease else 0))
+
+
+def refuse_crowding(num_nodes: int, node: str) -> None:
+    """Compare where the ranks really are with ``cluster.nodes``; every rank must call this.
+
+    Raises:
+        RanksDisagreeError: on every rank, when they are on fewer or more nodes.
+    """
+    names = collectives.gather_texts(node)
+    found = len(set(names))
+    if found != num_nodes:
+        raise RanksDisagreeError(
+            f"the {len(names)} ranks are on {found} nodes ({', '.join(sorted(set(names))[:8])}), "
+            f"but cluster.nodes={num_nodes}; give sbatch or srun --nodes={num_nodes} and "
+            "--ntasks-per-node, or set cluster.nodes and cluster.gpus_per_node to what it gives"
+        )
 
 
 def refuse_disagreement(facts: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ The only importer of mpi4py. Nothing is guessed: an environment that says half o
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
 
+LOG = logging.getLogger(__name__)
 RANK_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PARENT_KEY = "KUROSHIO_PARENT_PID"  # set for the ranks that `kuroshio run` starts itself
 MPI_KEYS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
@@ -94,6 +96,24 @@ def detect(
             "ranks with torchrun, deepspeed, srun, mpiexec or `kuroshio run`"
         )
     return Rendezvous(0, 1, 0, 1, "127.0.0.1", free_port(), "plain")
+
+
+def adopt_world(values: dict[str, Any], found: Rendezvous) -> None:
+    """Set a frozen config's nodes and ranks a node to what the job has; they may change.
+
+    A job may start on fewer nodes than the run was frozen with (``--nodes=1-2``, one is down), or a
+    user resumes it in a job of another size. A launcher that deals ranks unevenly changes nothing.
+    """
+    per_node, cluster = found.local_world_size, values.get("cluster")
+    if found.launcher in ("plain", "local") or not isinstance(cluster, dict):
+        return
+    if found.world_size % per_node:
+        return
+    world = {"nodes": found.world_size // per_node, "gpus_per_node": per_node}
+    old = {key: cluster.get(key) for key in world}
+    if old != world and found.rank == 0:
+        LOG.warning("the run has %s, this job %s: it goes on with those", old, world)
+    cluster |= world
 
 
 def check_world(found: Rendezvous, cluster: ClusterConfig) -> None:

@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any
 
 from launch import local, rank_log, rendezvous, run_folder, tenancy, validation
-from launch.node_environment import node_name, prepare_node
 from launch.graph import lineage
+from launch.node_environment import node_name, prepare_node
 from launch.prepare import ensure_prepared
 from launch.rendezvous import Rendezvous
 from launch.secrets import flatten, refuse_secrets

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -141,8 +140,8 @@ def check_same_run(
 
 def _completed(frozen: dict[str, Any], complete_stage: CompleteSection | None) -> dict[str, Any]:
     """Return a frozen config with the defaults of keys that are newer than it."""
-    config = build(RunConfig, frozen, "", problems := [])
-    if config is None or problems:
+    config = build(RunConfig, frozen, "", [])
+    if config is None:
         return frozen  # of a schema that knew other keys: the comparison names them
     whole = plain(config)
     return whole | {"stage": complete_stage(whole["stage"])} if complete_stage else whole

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import run_folder
-from launch.validation import Run, settle
+from launch.validation import Run, complete_section, settle
 from trainer.config import PeftConfig, RunConfig, grad_accum_steps
 from trainer.errors import DataError
 
@@ -49,7 +49,7 @@ def _folder_state(config: RunConfig) -> str:
     run_dir = Path(config.run_dir)
     if not (run_dir / run_folder.CONFIG_FILE).exists():
         return f"{run_dir} (new)"
-    changes = run_folder.check_same_run(run_dir, config)
+    changes = run_folder.check_same_run(run_dir, config, complete_section)
     changed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
     return f"{run_dir} (exists: this would resume it{'; changed: ' if changed else ''}{changed})"
 

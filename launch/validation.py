@@ -40,6 +40,12 @@ def build_run(values: dict[str, Any]) -> Run:
     return Run(dataclasses.replace(config, stage=whole), stage)
 
 
+def complete_section(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a frozen ``stage`` section with the defaults of fields that are newer than it."""
+    stage = build_stage(section, [])
+    return section if stage is None else stage_section(stage, str(section["name"]))
+
+
 def settle(run: Run) -> tuple[Run, list[str]]:
     """Fill in what only the model and the prepared data can tell: the run as it will be frozen.
 

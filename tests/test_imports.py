@@ -14,7 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rule's table: parts from the bottom layer up. A part is a package or a module.
 LAYERS: list[list[str]] = [
-    ["trainer.losses", "trainer.plan", "trainer.errors", "trainer.config", "tokenizer"],
+    [
+        "trainer.losses",
+        "trainer.plan",
+        "trainer.errors",
+        "trainer.config",
+        "trainer.lease",
+        "trainer.lives",
+        "tokenizer",
+    ],
     ["trainer.data", "trainer.models", "trainer.engine", "trainer.metrics"],
     [
         "trainer.stage",

@@ -4,7 +4,8 @@ The codes follow sysexits.h where it has a word for the case, so that a job scri
 "do not retry" from "resume me" without parsing a log.
 """
 
-EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after a clean save; start it again
+EXIT_RESUME = 75  # EX_TEMPFAIL: stopped after a clean save; start it again
+STOP_FILE_CAUSE = "the stop file"  # of a stop that the user asked for by ``RUN/stop``
 
 
 class KuroshioError(Exception):
@@ -37,6 +38,12 @@ class LostRankError(KuroshioError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class LeaseError(KuroshioError):
+    """The run folder belongs to another living or newer life; this one must not write into it."""
+
+    exit_code = 73  # EX_CANTCREAT
+
+
 class StorageError(KuroshioError):
     """Disk full, quota reached or folder not writable; what was committed before is intact."""
 
@@ -56,10 +63,16 @@ class RanksDisagreeError(KuroshioError):
 
 
 class StopRequestedError(KuroshioError):
-    """Not a failure: a signal stopped the run after a clean save; the same command goes on."""
+    """Not a failure: the run was asked to stop and did so after a clean save.
+
+    Attributes:
+        cause: a signal's name, ``STOP_FILE_CAUSE``, or why the time left is too short.
+    """
 
     exit_code = EXIT_RESUME
 
-    def __init__(self, step: int, signal_name: str) -> None:
-        cause = signal_name or "a signal on another rank"
-        super().__init__(f"stopped by {cause} after step {step}, saved; the same command resumes")
+    def __init__(self, step: int, cause: str) -> None:
+        self.cause = cause or "a request on another rank"
+        super().__init__(
+            f"stopped by {self.cause} after step {step}, saved; the same command resumes"
+        )

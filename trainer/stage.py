@@ -7,17 +7,30 @@ from pathlib import Path
 from typing import ClassVar
 
 from trainer.config import RunConfig
+from trainer.lease import Lease
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and as which rank a stage runs."""
+    """Where and as which rank a stage runs.
+
+    Attributes:
+        config: of the run.
+        run_dir: its folder.
+        rank: of this process.
+        world_size: number of ranks.
+        local_rank: index of the device on its node.
+        lease: the right to write into the folder; None where nobody else can.
+        time_limit: when the job is ended, in seconds since the epoch; known to rank 0 only.
+    """
 
     config: RunConfig
     run_dir: Path
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    lease: Lease | None = None
+    time_limit: float | None = None
 
 
 class Stage:

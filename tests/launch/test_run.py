@@ -18,6 +18,7 @@ from launch.summary import plan
 from launch.validation import Run, build_run
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError, DataError
+from trainer.lives import read_lives
 from trainer.stage import Stage
 from trainer.stages import STAGES
 
@@ -92,7 +93,11 @@ def test_a_frozen_config_runs_in_the_folder_it_lies_in(tmp_path: Path) -> None:
     (new / "note").unlink()
     assert run.main(["--config", str(new / "config.yaml")]) == 0
     assert (new / "note").exists() and not old.exists()
-    assert len((new / "lives.jsonl").read_text().splitlines()) == 2
+    lives = read_lives(new)
+    assert [(life["token"], life["exit_code"], life["reason"]) for life in lives] == [
+        (1, 0, "finished"),
+        (2, 0, "finished"),
+    ]
 
 
 @pytest.mark.usefixtures("note_stage")

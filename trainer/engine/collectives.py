@@ -61,6 +61,18 @@ def broadcast_int(value: int, source: int = 0) -> int:
     return int(tensor[0])
 
 
+def gather_texts(text: str) -> list[str]:
+    """Return every rank's short text (of 255 bytes at most), in the order of ranks."""
+    mine = torch.zeros(256, dtype=torch.uint8)
+    data = text.encode()[:255]
+    mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    everyone = [mine]
+    if is_distributed():
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+    return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in everyone]
+
+
 def all_ranks_equal(value: str) -> list[int]:
     """Return the ranks whose ``value`` differs from rank 0's (an empty list when all agree)."""
     if not is_distributed():

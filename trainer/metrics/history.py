@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from trainer.errors import ConfigError
-from trainer.metrics.journal import JOURNAL_NAME, read_journal, read_lines
+from trainer.lives import read_lives
+from trainer.metrics.journal import JOURNAL_NAME, read_journal
 from trainer.metrics.redaction import redact
 
 CONFIG_NAME = "config.yaml"
-LIVES_NAME = "lives.jsonl"  # the launcher's: a line for each start
 RECORD_KEYS = ("split", "step", "time", "event")  # book-keeping of every record
 Record = dict[str, Any]
 
@@ -79,7 +79,7 @@ def load_run(run_dir: Path) -> Run:
         splits["event"],
         last_of_each_title(splits["plot"]),
         last_of_each_title(splits["table"]),
-        list(read_lines(run_dir / LIVES_NAME)),
+        read_lives(run_dir),
     )
 
 

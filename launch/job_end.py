@@ -1,0 +1,216 @@
+"""``python -m launch.job_end RUN --code CODE``: what a job script does once its ranks have ended.
+
+Standard library only: it has to work where the ranks' libraries do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.slurm_queue import job_state
+from launch.tenancy import record_end
+from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE
+from trainer.lease import read_holder
+from trainer.lives import append_line, newest_step, read_lives, slurm_life, utc_now
+
+REQUEUE_WAIT_S = 60  # for Slurm to end the script of a job that it has requeued
+# What no retry cures, and what to do instead.
+FINAL = {
+    65: "mend the data that the message names",
+    66: "restore the checkpoint or the run folder",
+    71: "start every rank from the same checkout, on a shared file system",
+    73: "another life owns the run folder; let it finish",
+    74: "free space, or choose a folder that you may write",
+    76: "a retry would replay it: lower the learning rate or look at the data of that step",
+    78: "mend the configuration",
+}
+Action = Literal["done", "requeue", "give up", "leave"]
+
+
+@dataclass(frozen=True)
+class LifeEnd:
+    """What is known when the ranks of a job have ended.
+
+    Attributes:
+        code: of srun.
+        exit_code: what a rank recorded, None when no rank could.
+        reason: the rank's, empty likewise.
+        was_stopped: whether the user asked for the stop by a file.
+        state: of the job in Slurm, None when it cannot be asked.
+        restart: lives of this job before this one.
+        num_idle_lives: lives in a row, this one the last, that committed no checkpoint.
+        step: of the newest checkpoint.
+        max_lives: of the job.
+        max_idle_lives: in a row.
+    """
+
+    code: int
+    exit_code: int | None
+    reason: str
+    was_stopped: bool
+    state: str | None
+    restart: int
+    num_idle_lives: int
+    step: int
+    max_lives: int
+    max_idle_lives: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the job, with what exit code, and why."""
+
+    action: Action
+    exit_code: int
+    reason: str
+
+
+def decide(end: LifeEnd) -> Decision:
+    """Return what becomes of a job whose ranks have ended."""
+    if end.code == 0:
+        return Decision("done", 0, f"the run is finished at step {end.step}")
+    # A rank's own code: srun's may be that of the ranks it killed, or a signal's after the save.
+    code = end.exit_code or end.code
+    what = end.reason or describe_code(end.code)
+    if end.was_stopped:
+        return Decision("leave", code, f"{what}; `kuroshio resume` goes on")
+    if code in FINAL:
+        return Decision(
+            "give up", code, f"{what} (exit {code}). No retry cures this: {FINAL[code]}"
+        )
+    if end.state is not None and end.state != "RUNNING":
+        gone = end.state or "gone from the queue"
+        return Decision("leave", code, f"{what}; the job is {gone}, so Slurm decides on it")
+    lives = end.restart + 1
+    if end.num_idle_lives >= end.max_idle_lives:
+        return Decision(
+            "give up",
+            code,
+            f"{what} (exit {code}). {end.num_idle_lives} lives in a row committed no checkpoint "
+            f"after step {end.step} (cluster.max_lives_without_progress={end.max_idle_lives})",
+        )
+    if lives >= end.max_lives:
+        return Decision(
+            "give up",
+            code,
+            f"{what} (exit {code}). This was life {lives} of cluster.max_lives={end.max_lives}; "
+            f"the newest checkpoint is of step {end.step}",
+        )
+    return Decision(
+        "requeue",
+        EXIT_RESUME,
+        f"{what} (exit {code}). Life {lives + 1} of at most {end.max_lives} resumes at step "
+        f"{end.step}",
+    )
+
+
+def describe_code(code: int) -> str:
+    """Return what srun's exit code says where no rank left a word."""
+    if code > 128:
+        return f"the ranks were killed by signal {code - 128} before one could say why"
+    return f"srun exited {code} and no rank said why: see the job's log"
+
+
+def count_idle_lives(lives: Sequence[Mapping[str, Any]], restart: int, step: int) -> int:
+    """Return how many lives of a job, counted back from ``restart``, started at ``step``.
+
+    Args:
+        lives: of the job.
+        restart: of the life that ended now.
+        step: of the newest checkpoint. A life that never began has made no step either.
+    """
+    first_steps = {life.get("restart"): life.get("first_step") for life in lives}
+    count = 0
+    for number in range(restart, -1, -1):
+        if first_steps.get(number) not in (None, step):
+            break
+        count += 1
+    return count
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Decide, say why, requeue the job if that is what it needs; return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.job_end", allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--code", type=int, required=True)
+    parser.add_argument("--max-lives", type=int, required=True)
+    parser.add_argument("--max-lives-without-progress", type=int, required=True)
+    options = parser.parse_args(arguments)
+    run_dir, this = options.run_dir, slurm_life(os.environ)
+    if this["job"] is None:
+        parser.error("SLURM_JOB_ID is not set: this is for the script of a Slurm job")
+    if newer := _newer_life(run_dir, this):
+        print(f"kuroshio: {run_dir} belongs to {newer} by now; this life leaves it alone")
+        return 73
+    decision = decide(_gather(run_dir, options, this))
+    append_line(
+        run_dir,
+        {"decided": utc_now(), **this, "decision": decision.action}
+        | {"decision_reason": decision.reason},
+    )
+    print(f"kuroshio: {decision.action}: {decision.reason}", flush=True)
+    return _requeue(this["job"]) if decision.action == "requeue" else decision.exit_code
+
+
+def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:
+    """Return who lives in the folder after this life, from whose node Slurm took the job."""
+    holder = read_holder(run_dir) if run_dir.is_dir() else None
+    if holder is None or holder.job != this["job"] or holder.restart <= this["restart"]:
+        return ""
+    return f"life {holder.token} (restart {holder.restart} of the job, on {holder.host})"
+
+
+def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any]) -> LifeEnd:
+    """Read what the ranks left; write their end for them if they could not."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lives = _lives_of(run_dir, this["job"])
+    own = [life for life in lives if life.get("restart") == this["restart"]]
+    if not own or "ended" not in own[-1]:
+        token = own[-1].get("token") if own else None
+        reason = describe_code(options.code) if options.code else "finished"
+        record_end(run_dir, token, os.environ, exit_code=options.code, reason=reason)
+        lives = _lives_of(run_dir, this["job"])
+        own = [life for life in lives if life.get("restart") == this["restart"]]
+    last, step = own[-1] if own else {}, newest_step(run_dir)
+    return LifeEnd(
+        code=options.code,
+        exit_code=last.get("exit_code"),
+        reason=str(last.get("reason", "")),
+        was_stopped=last.get("cause") == STOP_FILE_CAUSE,
+        state=job_state(this["job"]),
+        restart=this["restart"],
+        num_idle_lives=count_idle_lives(lives, this["restart"], step),
+        step=step,
+        max_lives=options.max_lives,
+        max_idle_lives=options.max_lives_without_progress,
+    )
+
+
+def _lives_of(run_dir: Path, job: str) -> list[dict[str, Any]]:
+    return [life for life in read_lives(run_dir) if life.get("job") == job]
+
+
+def _requeue(job: str) -> int:
+    """Put the job back into the queue; Slurm then ends its script, which is this one's parent."""
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        print(
+            f"kuroshio: `scontrol requeue {job}` failed: {done.stderr.strip()}; submit the job "
+            "again to resume",
+            flush=True,
+        )
+        return EXIT_RESUME
+    time.sleep(REQUEUE_WAIT_S)
+    return EXIT_RESUME
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""What Slurm says of a job that was submitted: its state and the time it has left."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+
+LOG = logging.getLogger(__name__)
+TIMEOUT_S = 30
+# States in which a job's processes may run; PENDING is a job that waits, also for its next life.
+LIVING = ("RUNNING", "CONFIGURING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
+
+
+def ask_squeue(job: str, column: str) -> str | None:
+    """Return one column of squeue for a job: empty when Slurm knows no such job.
+
+    None when Slurm cannot be asked: no squeue here, or no controller that answers.
+    """
+    command = ["squeue", "--noheader", f"--jobs={job}", f"--format={column}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        LOG.warning("`%s` failed: %s", " ".join(command), error)
+        return None
+    if done.returncode == 0:
+        return done.stdout.strip()
+    if "Invalid job id" in done.stderr:
+        return ""
+    LOG.warning("`%s` failed: %s", " ".join(command), done.stderr.strip())
+    return None
+
+
+def job_state(job: str) -> str | None:
+    """Return a job's state (``RUNNING``, …), empty when it is gone, None if nobody knows."""
+    return ask_squeue(job, "%T")
+
+
+def time_left_s(job: str) -> float | None:
+    """Return the seconds until a job's time limit, None when there is none or nobody knows."""
+    return parse_time_left(ask_squeue(job, "%L") or "")
+
+
+def job_time_limit(environ: Mapping[str, str]) -> float | None:
+    """Return when Slurm ends this job, in seconds since the epoch; None outside or without limit.
+
+    ``SLURM_JOB_END_TIME`` is there since Slurm 22.05; older ones are asked, by rank 0 only.
+    """
+    job, end = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_END_TIME", "")
+    if job is None:
+        return None
+    if end.isdigit():
+        return float(end)
+    left = time_left_s(job)
+    return None if left is None else time.time() + left
+
+
+def parse_time_left(text: str) -> float | None:
+    """Return the seconds of ``D-HH:MM:SS``, ``HH:MM:SS`` or ``MM:SS``, None for a word."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds

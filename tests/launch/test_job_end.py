@@ -1,0 +1,173 @@
+"""What becomes of a job whose ranks have ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import job_end
+from launch.job_end import LifeEnd, count_idle_lives, decide
+from trainer import errors
+from trainer.errors import EXIT_RESUME, KuroshioError
+from trainer.lease import Lease
+from trainer.lives import append_line, read_lives
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPED = LifeEnd(
+    code=143,
+    exit_code=75,
+    reason="stopped by SIGUSR1 after step 40, saved",
+    was_stopped=False,
+    state="RUNNING",
+    restart=1,
+    num_idle_lives=0,
+    step=40,
+    max_lives=20,
+    max_idle_lives=3,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "action", "code", "words"),
+    [
+        ({}, "requeue", 75, "SIGUSR1 after step 40, saved (exit 75). Life 3 of at most 20"),
+        ({"code": 0, "exit_code": 0}, "done", 0, "finished at step 40"),
+        ({"code": 0, "exit_code": None}, "done", 0, "finished"),
+        ({"code": 137, "exit_code": None, "reason": ""}, "requeue", 75, "killed by signal 9"),
+        ({"code": 143, "exit_code": None, "reason": ""}, "requeue", 75, "killed by signal 15"),
+        ({"code": 1, "exit_code": None, "reason": ""}, "requeue", 75, "srun exited 1"),
+        ({"exit_code": 69, "reason": "lost n2"}, "requeue", 75, "lost n2 (exit 69). Life 3"),
+        ({"exit_code": 0, "reason": "finished"}, "requeue", 75, "resumes at step 40"),
+        ({"exit_code": 65, "reason": "bad row"}, "give up", 65, "bad row (exit 65). No retry"),
+        ({"exit_code": 66}, "give up", 66, "restore the checkpoint"),
+        ({"exit_code": 71}, "give up", 71, "same checkout"),
+        ({"exit_code": 73}, "give up", 73, "another life"),
+        ({"exit_code": 74}, "give up", 74, "free space"),
+        ({"exit_code": 76}, "give up", 76, "would replay"),
+        ({"exit_code": 78}, "give up", 78, "mend the configuration"),
+        ({"code": 78, "exit_code": None, "reason": ""}, "give up", 78, "No retry cures"),
+        ({"was_stopped": True}, "leave", 75, "`kuroshio resume` goes on"),
+        ({"state": "COMPLETING"}, "leave", 75, "COMPLETING, so Slurm decides"),
+        ({"state": ""}, "leave", 75, "gone from the queue"),
+        ({"state": None}, "requeue", 75, "Life 3"),
+        ({"restart": 18}, "requeue", 75, "Life 20 of at most 20"),
+        ({"restart": 19}, "give up", 75, "life 20 of cluster.max_lives=20"),
+        ({"num_idle_lives": 2}, "requeue", 75, "Life 3"),
+        ({"num_idle_lives": 3}, "give up", 75, "3 lives in a row committed no checkpoint after"),
+        ({"num_idle_lives": 3, "code": 0}, "done", 0, "finished"),
+    ],
+)
+def test_decisions(changes: dict[str, Any], action: str, code: int, words: str) -> None:
+    decision = decide(dataclasses.replace(STOPPED, **changes))
+    assert (decision.action, decision.exit_code) == (action, code)
+    assert words in decision.reason
+
+
+def test_every_exit_code_of_an_error_is_decided_on() -> None:
+    """A new error must say whether a retry cures it."""
+    classes = [c for c in vars(errors).values() if isinstance(c, type)]
+    codes = {c.exit_code for c in classes if issubclass(c, KuroshioError)}
+    retried = {EXIT_RESUME, errors.LostRankError.exit_code, KuroshioError.exit_code}
+    assert codes == retried | set(job_end.FINAL)
+
+
+@pytest.mark.parametrize(
+    ("first_steps", "restart", "step", "expected"),
+    [
+        ({0: 0}, 0, 0, 1),
+        ({0: 0}, 0, 40, 0),
+        ({0: 0, 1: 40, 2: 40}, 2, 40, 2),
+        ({0: 0, 1: 40, 2: 40}, 2, 60, 0),
+        ({0: 0, 2: 0}, 2, 0, 3),  # life 1 died before it began
+        ({}, 1, 40, 2),
+    ],
+)
+def test_idle_lives_are_counted_back(
+    first_steps: dict[int, int], restart: int, step: int, expected: int
+) -> None:
+    lives = [{"restart": r, "first_step": s} for r, s in first_steps.items()]
+    assert count_idle_lives(lives, restart, step) == expected
+
+
+@pytest.fixture
+def in_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a run folder inside job 17, whose Slurm writes down what it is asked."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(job_end, "REQUEUE_WAIT_S", 0)
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    scripts = {"squeue": "echo RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/asked'}
+    for name, line in scripts.items():
+        (commands / name).write_text(f"#!/bin/sh\n{line}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    return run_dir
+
+
+def end(run_dir: Path, code: int) -> int:
+    limits = ["--max-lives", "5", "--max-lives-without-progress", "2"]
+    return job_end.main([str(run_dir), "--code", str(code), *limits])
+
+
+def test_killed_ranks_are_requeued_until_nothing_moves(
+    in_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_job / "checkpoints/step_00000008").mkdir(parents=True)
+    for restart, first_step in enumerate((0, 8, 8)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        append_line(in_job, {"started": "x", "token": restart + 1, "job": "17",
+                             "restart": restart, "first_step": first_step})  # fmt: skip
+        assert end(in_job, 137) == (137 if restart == 2 else EXIT_RESUME)
+    assert (in_job.parent / "asked").read_text().splitlines() == ["requeue 17"] * 2
+    decisions = [life["decision"] for life in read_lives(in_job)]
+    assert decisions == ["requeue", "requeue", "give up"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("kuroshio: requeue: the ranks were killed by signal 9")
+    assert "Life 2 of at most 5 resumes at step 8" in said[0]
+    assert "2 lives in a row committed no checkpoint after step 8" in said[-1]
+
+
+def test_what_a_rank_said_counts_more_than_sruns_code(in_job: Path) -> None:
+    append_line(in_job, {"started": "x", "token": 1, "job": "17", "restart": 0, "first_step": 0})
+    append_line(in_job, {"ended": "y", "token": 1, "exit_code": 76, "reason": "NaN at step 3"})
+    assert end(in_job, 143) == 76
+    assert not (in_job.parent / "asked").exists()
+    [life] = read_lives(in_job)
+    assert life["decision"] == "give up" and "NaN at step 3" in life["decision_reason"]
+
+
+def test_a_script_whose_job_lives_elsewhere_by_now_does_nothing(
+    in_job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Lease.take(in_job, 1, {"job": "17", "restart": 0}, "x")
+    assert Lease.take(in_job, 2, {"job": "17", "restart": 1}, "y")
+    assert end(in_job, 143) == 73
+    assert "belongs to life 2" in capsys.readouterr().out
+    assert not (in_job / "lives.jsonl").exists() and not (in_job.parent / "asked").exists()
+
+
+def test_a_requeue_that_slurm_refuses_is_said(
+    in_job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = in_job.parent / "bin/scontrol"
+    script.write_text("#!/bin/sh\necho Requested operation is presently disabled >&2\nexit 1\n")
+    assert end(in_job, 143) == EXIT_RESUME
+    assert "presently disabled; submit the job again" in capsys.readouterr().out
+
+
+def test_it_needs_the_standard_library_only() -> None:
+    code = "import sys, launch.job_end\n"
+    code += "print({m.split('.')[0] for m in sys.modules} - sys.stdlib_module_names)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(eval(done.stdout)) == {"launch", "trainer", "tokenizer", "__main__"} - {"tokenizer"}

@@ -1,0 +1,91 @@
+"""``lives.jsonl``: when and where each life of a run started, how it ended, what came of it.
+
+A life writes a line when it starts and one when it ends; a job script adds what it decided. Lines
+are short and appended whole, so that no reader has to wait for a writer. Standard library only:
+the end of a job and the commands of a login node read this without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+LIVES_NAME = "lives.jsonl"
+CHECKPOINTS_NAME = "checkpoints"
+Life = dict[str, Any]
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def slurm_life(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return which life of which Slurm job this is: ``job`` (None outside) and ``restart``."""
+    return {
+        "job": environ.get("SLURM_JOB_ID"),
+        "restart": int(environ.get("SLURM_RESTART_COUNT") or 0),
+    }
+
+
+def append_line(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Append one line; an OSError is the caller's to explain."""
+    line = json.dumps(dict(record), ensure_ascii=False) + "\n"
+    descriptor = os.open(run_dir / LIVES_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lives(run_dir: Path) -> list[Life]:
+    """Return the lives of a run in the order of their starts, each with its end as far as known.
+
+    Fields of a start: ``started, token, host, job, restart, launcher, world_size, first_step,
+    changes``; of an end: ``ended, exit_code, reason, cause, rank, step`` (newest checkpoint); of a
+    job script's decision: ``decision, decision_reason``. A life that failed before it began has
+    no ``started``.
+    """
+    lives: list[Life] = []
+    for line in _read_lines(run_dir / LIVES_NAME):
+        life = None if "started" in line else _find(lives, line)
+        if life is None:
+            lives.append(line)
+        else:
+            life |= line
+    return lives
+
+
+def _find(lives: list[Life], line: Life) -> Life | None:
+    """Return the life that an end or a decision is of."""
+    keys = ("token",) if line.get("token") is not None else ("job", "restart")
+    wanted = [line.get(key) for key in keys]
+    if wanted[0] is None:
+        return None
+    found = [life for life in lives if [life.get(key) for key in keys] == wanted]
+    if not found or ("ended" in line and "ended" in found[-1]):
+        return None
+    return found[-1]
+
+
+def _read_lines(path: Path) -> Iterator[Life]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:  # torn by a kill or a full disk
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest committed checkpoint by its name, 0 when there is none."""
+    names = (path.name for path in (run_dir / CHECKPOINTS_NAME).glob("step_*"))
+    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
