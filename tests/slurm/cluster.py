@@ -162,21 +162,14 @@ def up(
 
 def down(cluster: Cluster, keep_folder: bool = False) -> None:
     """End a cluster with everything that runs on it and remove its folder."""
-    for name in ("slurmctld", *(n for n in cluster.daemons if n != "munged"), "munged"):
-        _end_daemon(cluster, name)
+    for name in ("slurmctld", "munged"):
+        if name in cluster.daemons:
+            with contextlib.suppress(ClusterError):  # then by force, as whatever is on the nodes
+                end_processes([cluster.daemons[name]], signal.SIGTERM)
     end_processes(cluster.processes())
     _unname_nodes(cluster)
     if not keep_folder:
         shutil.rmtree(cluster.folder)
-
-
-def _end_daemon(cluster: Cluster, name: str) -> None:
-    """Let the controller save its state; nodes are ended by force, steps that hang included."""
-    pid = cluster.daemons.get(name)
-    if pid is None or name.startswith("slurmd"):
-        return
-    with contextlib.suppress(ClusterError):  # then by force, with all other processes
-        end_processes([pid], signal.SIGTERM)
 
 
 def load(folder: Path) -> Cluster:
@@ -290,8 +283,9 @@ def _start_daemons(cluster: Cluster) -> None:
     for node in cluster.nodes:
         command = ["slurmd", "-D", "-f", config, "-N", node]
         if node in cluster.machines:
-            command = cluster.machines[node].inside(*command)
-        cluster.daemons[f"slurmd.{node}"] = start(command, env=environ)
+            start(cluster.machines[node].inside(*command), env=environ)
+        else:
+            cluster.daemons[f"slurmd.{node}"] = start(command, env=environ)
     cluster.save()
 
 

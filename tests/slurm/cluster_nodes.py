@@ -1,7 +1,7 @@
-"""Machines made of namespaces: each with a hostname, an address, an interface and disks of its own.
+"""Machines made of namespaces: each with a host name, network, disks and processes of its own.
 
-A namespace lives as long as a process in it, so ending a machine's processes removes it whole:
-interfaces, mounts and all. Nothing is registered under /run/netns.
+A machine lives as long as its first process. With that ends everything on it, and interfaces and
+mounts are gone. Nothing is registered under /run/netns.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 INTERFACE = "ib0"
 START_TIMEOUT_S = 30
+# A machine's first process: it collects ended processes that have lost their parents.
+IDLE = "while :; do sleep 1 & wait; done"
 QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -51,7 +53,7 @@ class Machine:
 
     def inside(self, *command: str | Path) -> list[str]:
         """Return ``command`` as one to run on this machine."""
-        enter = ["nsenter", "--target", str(self.holder), "--net", "--uts", "--mount"]
+        enter = ["nsenter", f"--target={self.holder}", "--net", "--uts", "--mount", "--pid"]
         return [*enter, f"--wd={Path.cwd()}", *(str(word) for word in command)]
 
     def call(self, *command: str | Path, timeout_s: float = 60) -> str:
@@ -59,33 +61,30 @@ class Machine:
         return call(*self.inside(*command), timeout_s=timeout_s)
 
     def processes(self) -> list[int]:
-        """Return the processes that run on this machine, its holder last."""
-        network = f"/proc/{self.holder}/ns/net"
-        try:
-            here = str(Path(network).readlink())
-        except OSError:
-            return []
-        found = [pid for pid in all_processes() if namespace_of(pid) == here]
-        return sorted(found, key=lambda pid: pid == self.holder)
+        """Return the processes that run on this machine, by their numbers on the host."""
+        space = namespace_of(self.holder)
+        return [pid for pid in all_processes() if space and namespace_of(pid) == space]
 
 
 def start_machine(name: str, setup: Sequence[str] = ()) -> Machine:
     """Make a machine without interfaces but ``lo``; ``setup`` are shell lines run on it first."""
-    lines = ["set -e", f"hostname {name}", "ip link set lo up", *setup, "exec sleep infinity"]
-    spaces = ["unshare", "--net", "--uts", "--mount", "--propagation", "private"]
-    holder = start([*spaces, "sh", "-c", "\n".join(lines)])
+    lines = ["set -e", f"hostname {name}", "ip link set lo up", *setup, f"exec sh -c '{IDLE}'"]
+    spaces = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc"]
+    outer = start([*spaces, "--propagation=private", "sh", "-c", "\n".join(lines)])
     deadline = time.monotonic() + START_TIMEOUT_S
-    while (comm := command_name(holder)) != "sleep":
-        if not comm or time.monotonic() > deadline:
+    while True:
+        holder = next(iter(children_of(outer)), 0)
+        if holder and IDLE in command_line(holder):
+            return Machine(name, holder)
+        if not is_alive(outer) or time.monotonic() > deadline:
             raise ClusterError(f"machine {name} did not start: {lines}")
         time.sleep(0.01)
-    return Machine(name, holder)
 
 
 def connect(switch: Machine, port: str, machine: Machine, address: str) -> None:
     """Give ``machine`` the interface ib0 with ``address``, on port ``port`` of the switch."""
     peer = ["peer", "name", INTERFACE, "netns", str(machine.holder)]
-    switch.call("ip", "link", "add", port, "type", "veth", *peer)
+    call("ip", "link", "add", port, "netns", str(switch.holder), "type", "veth", *peer)
     switch.call("ip", "link", "set", port, "master", "bridge", "up")
     machine.call("ip", "address", "add", address, "dev", INTERFACE)
     machine.call("ip", "link", "set", INTERFACE, "up")
@@ -111,7 +110,7 @@ def can_make_machines() -> bool:
         machine = start_machine("trial", ["ip link add bridge type bridge"])
     except (ClusterError, OSError):
         return False
-    end_processes([machine.holder])
+    end_processes(machine.processes())
     return True
 
 
@@ -131,6 +130,20 @@ def is_alive(pid: int) -> bool:
     """Return whether a process exists and is no zombie."""
     text = read_stat(pid)
     return bool(text) and text[text.rindex(")") + 2] not in "ZX"
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the living processes whose parent is ``pid``."""
+    own = {child: read_stat(child).rpartition(")")[2].split() for child in all_processes()}
+    return [child for child, fields in own.items() if fields[1:2] == [str(pid)]]
+
+
+def command_line(pid: int) -> str:
+    """Return the words of a process's command, "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 def read_stat(pid: int) -> str:
