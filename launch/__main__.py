@@ -15,6 +15,7 @@ from trainer.errors import ConfigError, KuroshioError
 
 VERBS = {
     "run": ("launch.run", "run one stage on this machine, or as one rank of a job"),
+    "submit": ("launch.submit", "submit one stage as a job of a cluster"),
     "prepare": ("launch.prepare", "tokenise the sources of a config into token stores, offline"),
     "export": ("launch.export", "write a run's model as a plain Hugging Face folder"),
     "chat": ("launch.chat", "talk with a model in the terminal"),
@@ -22,6 +23,10 @@ VERBS = {
     "serve": ("launch.serve", "answer over HTTP, as OpenAI's API does"),
     "plan": ("launch.plan", "say what a run needs before it starts: memory, hours, jobs, money"),
     "doctor": ("launch.doctor", "say whether this machine, or nodes of a job, are fit for a run"),
+    "watch": ("launch.watch", "show what runs are doing: jobs, steps, time left, cost, lives"),
+    "logs": ("launch.logs", "print what a run's job and ranks said last"),
+    "stop": ("launch.stop", "let a run save and stop; cancel a job that waits"),
+    "resume": ("launch.resume", "go on with a run that stopped or failed"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
 WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/

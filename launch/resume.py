@@ -1,0 +1,105 @@
+"""``kuroshio resume``: start a run again where its newest checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import sbatch
+from launch.monitor.queue import Queue
+from launch.monitor.state import State, judge, newest_job
+from launch.run_folder import writing
+from trainer.errors import ConfigError
+from trainer.metrics.history import CONFIG_NAME
+from trainer.metrics.run_facts import STOP_NAME, SUBMISSION_NAME, RunFacts, read_run
+
+SCRIPT_NAME = "job.sbatch"
+GOING = ("running", "stopping", "pending", "requeued", "held")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit the run's job again, or run a local run here; return the exit code.
+
+    Raises:
+        ConfigError: when the run lives, waits, or its job cannot be submitted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="kuroshio resume",
+        allow_abbrev=False,
+        description="Go on with a run that stopped, failed or was lost, from its newest "
+        "checkpoint: a submitted one as a new job, another one here.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder (run_dir)")
+    run_dir = parser.parse_args(argv).run
+    facts = read_run(run_dir)
+    queue = Queue()
+    state = judge(facts, queue.jobs() if facts.job_ids else None)
+    refuse_living(facts, state, queue)
+    if state.word == "finished":
+        print(f"{run_dir} is finished at step {facts.step}: nothing to do")
+        return 0
+    # A request that came when nothing ran any more would stop the new life at once.
+    (run_dir / STOP_NAME).unlink(missing_ok=True)
+    if (run_dir / SCRIPT_NAME).is_file():
+        return submit_again(facts)
+    if facts.job_ids and facts.submission:  # a task of a sweep, whose script is for all of them
+        raise ConfigError(
+            f"{run_dir} was submitted as one of several (job {facts.job_ids[-1]}), so it has no "
+            f"script of its own; `kuroshio submit --config {run_dir / CONFIG_NAME}` goes on"
+        )
+    return run_here(run_dir)
+
+
+def refuse_living(facts: RunFacts, state: State, queue: Queue) -> None:
+    """Raise ConfigError when the run lives or waits, naming job and host."""
+    job = newest_job(facts, queue.jobs())
+    if queue.problem and facts.job_ids:
+        raise ConfigError(
+            f"{queue.problem}; whether job {facts.job_ids[-1]} of {facts.run_dir} lives is unknown, "
+            "so nothing is started; try again when Slurm answers"
+        )
+    if state.word not in GOING:
+        return
+    who = f"job {job.number}" if job else "a process"
+    where = (job and job.nodes) or (facts.lives[-1].host if facts.lives else "")
+    raise ConfigError(
+        f"{facts.run_dir} is {state.word}: {who}{f' on {where}' if where else ''} has it; see "
+        f"`kuroshio watch {facts.run_dir}`, or end it with `kuroshio stop {facts.run_dir}` first"
+    )
+
+
+def submit_again(facts: RunFacts) -> int:
+    """Submit the script that the run was submitted with, and note the new job in the folder.
+
+    Raises:
+        ConfigError: when there is no Slurm here, or it refuses.
+        StorageError: when the folder cannot be written.
+    """
+    run_dir = facts.run_dir
+    sbatch.require_slurm(str(facts.submission.get("cluster") or "slurm"))
+    number = sbatch.submit_script(run_dir / SCRIPT_NAME)
+    jobs = [*(facts.submission.get("job_ids") or []), number]
+    aside = run_dir / f".{SUBMISSION_NAME}.{os.getpid()}"
+    with writing(run_dir):
+        text = json.dumps({**facts.submission, "job_ids": jobs}, ensure_ascii=False, indent=1)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(run_dir / SUBMISSION_NAME)
+    step = facts.saved.step if facts.saved else 0
+    print(
+        f"job {number} resumes {run_dir} at step {step}; follow it with `kuroshio watch {run_dir}`"
+    )
+    return 0
+
+
+def run_here(run_dir: Path) -> int:
+    """Become ``kuroshio run`` of the frozen config."""
+    config = run_dir / CONFIG_NAME
+    if not config.is_file():
+        raise ConfigError(f"{run_dir} has no {CONFIG_NAME}, so nobody can tell what to resume")
+    sys.stdout.flush()
+    # This process imports nothing heavy; the run takes its place, with its signals and exit code.
+    os.execv(sys.executable, [sys.executable, "-m", "launch", "run", "--config", str(config)])
