@@ -30,6 +30,7 @@ VERBS = {
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
 WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/
+PIPELINES = {"run": "launch.pipeline", "submit": "launch.graph.jobs"}  # with pipeline=NAME
 USAGE = """usage: kuroshio VERB [GROUP=OPTION | KEY=VALUE | FLAG]...
 
 {verbs}
@@ -64,8 +65,8 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     if verb == "prepare":
         return prepare(arguments)
-    if verb == "run" and any(word.startswith("pipeline=") for word in arguments):
-        return importlib.import_module("launch.pipeline").main(arguments)
+    if verb in PIPELINES and any(word.startswith("pipeline=") for word in arguments):
+        return importlib.import_module(PIPELINES[verb]).main(arguments)
     if verb == "run" and arguments[:1] == ["--step"]:
         return importlib.import_module("launch.graph.work").main(arguments[1:])
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0

@@ -95,12 +95,13 @@ def is_pipeline(words: Sequence[str]) -> bool:
     return any(word.startswith("pipeline=") for word in words)
 
 
-def read_pipeline(words: Sequence[str], folder: Path = FOLDER) -> Pipeline:
+def read_pipeline(words: Sequence[str], absolute: bool = False, folder: Path = FOLDER) -> Pipeline:
     """Return the pipeline that the words of a verb ask for.
 
     Args:
         words: ``pipeline=NAME`` (or a ``.yaml`` file), ``dir=FOLDER``, ``KEY=VALUE`` for every run
             that it holds and ``STEP.KEY=VALUE`` for one step.
+        absolute: write the pipeline's folder out from the root, for jobs.
         folder: of the pipelines that go by a name.
 
     Raises:
@@ -113,6 +114,8 @@ def read_pipeline(words: Sequence[str], folder: Path = FOLDER) -> Pipeline:
         raise ConfigError(f"{file}: steps is missing; name at least one step")
     given = _split(words, steps)
     place = given.folder or str(values.get(DIR) or f"runs/{file.stem}")
+    if absolute:
+        place = str(Path(place).absolute())
     problems = _check_names(file, values, steps)
     if not _PLAIN_PATH.fullmatch(place):
         problems.append(f"dir={place!r}: use letters, digits and _ . / + - only")

@@ -43,6 +43,11 @@ def inputs_path(folder: Path, step: str) -> Path:
     return folder / RECORDS / f"{step}.inputs.json"
 
 
+def work_folder(folder: Path, step: str) -> Path:
+    """Return where the job of a step that is no run keeps its script, its code and its output."""
+    return folder / RECORDS / step
+
+
 def read_json(path: Path) -> Record | None:
     """Return a JSON object; None when there is no such file.
 
@@ -158,9 +163,15 @@ def changed_values(before: Record, now: Record) -> list[str]:
     """Return a line for every value of a step that decides its result and differs."""
     lines = []
     for key, (old, new) in differences(before, now).items():
-        if not matches(key, (*CHANGEABLE, *_PLACES)):
+        if not matches(key, (*CHANGEABLE, *_PLACES)) and not _same_place(old, new):
             lines.append(f"{key}: {old!r} there, {new!r} now")
     return lines
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Say whether two values are the same path, one of them written from here."""
+    texts = isinstance(old, str) and isinstance(new, str)
+    return texts and Path(old).absolute() == Path(new).absolute()
 
 
 def _verify_model(folder: Path, parent: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.graph.lineage import is_complete, read_json, write_json
+from launch.graph.lineage import is_complete, read_json, work_folder, write_json
 from launch.slurm_queue import LIVING, job_state
 from trainer.config import build
 from trainer.errors import CheckpointError
@@ -21,6 +21,7 @@ from trainer.lives import read_lives, utc_now
 
 STATE_FILE = "pipeline.json"
 FORMAT = 1
+BROKEN = ("failed", "held", "stopped")  # states of a parent that hold a child
 State = Literal["waiting", "running", "submitted", "done", "failed", "held", "stopped"]
 
 
@@ -100,24 +101,25 @@ def _look(folder: Path, name: str, step: StepState, known: Mapping[str, StepStat
         return dataclasses.replace(step, state="done", reason=None)
     if step.job is None or step.state not in ("submitted", "running"):
         return step
+    broken = [p for p in step.parents if p in known and known[p].state in BROKEN]
     slurm = job_state(step.job)
     if slurm in LIVING:
         return dataclasses.replace(step, state="running")
+    if broken:
+        reason = f"{', '.join(broken)} has not finished, so job {step.job} cannot start"
+        return dataclasses.replace(step, state="held", reason=reason)
     if slurm is None or slurm == "PENDING":
         return step
-    broken = [p for p in step.parents if p in known and known[p].state in ("failed", "held")]
-    if broken:
-        reason = f"{broken[0]} has not finished, so Slurm dropped job {step.job}"
-        return dataclasses.replace(step, state="held", reason=reason)
-    return dataclasses.replace(step, state="failed", **_last_words(folder / name, step.job))
+    return dataclasses.replace(step, state="failed", **_last_words(folder, name, step))
 
 
-def _last_words(run: Path, job: str) -> dict[str, Any]:
+def _last_words(folder: Path, name: str, step: StepState) -> dict[str, Any]:
     """Return why a step's last life ended, as far as it could say so."""
-    life = next((life for life in reversed(read_lives(run)) if life.get("job") == job), {})
-    reason = life.get("decision_reason") or life.get("reason")
+    place = folder / name if step.kind == "run" else work_folder(folder, name)
+    life = next((n for n in reversed(read_lives(place)) if n.get("job") == step.job), {})
+    silent = f"job {step.job} ended without a word; its output is in {place}/logs"
     return {
         "exit_code": life.get("exit_code"),
         "ended": life.get("ended"),
-        "reason": reason or f"job {job} ended and said nothing; its output is in {run}/logs",
+        "reason": life.get("decision_reason") or life.get("reason") or silent,
     }
