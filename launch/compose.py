@@ -124,7 +124,8 @@ def _field_defaults(section: type) -> dict[str, Any]:
             defaults[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:
             made = f.default_factory()
-            defaults[f.name] = dataclasses.asdict(made) if is_dataclass(made) else made
+            nested = is_dataclass(made) and not isinstance(made, type)
+            defaults[f.name] = dataclasses.asdict(made) if nested else made
     return defaults
 
 

@@ -88,7 +88,11 @@ class SlurmJob:
         array: task numbers of an array and its limit, such as ``0-3%2``.
         list_file: of an array, the run folder of each task, one a line.
         prepares: fill the token store before the ranks start.
-        command: instead of a run's ranks, one task of ``kuroshio`` with these words.
+        command: instead of a run's ranks, words for ``kuroshio`` on the first node; ``-m MODULE``
+            runs a module of the snapshot.
+        each_node: the command is one of ``kuroshio doctor``: it runs in one step for each node,
+            with ``FOLDER/plan.json`` as input, and a node that fails does not end the others.
+        requeue: start again when a node is lost, or as ``launch.job_end`` decides.
         output: of the job's script; None is ``FOLDER/logs/job-%j.out``.
         max_lives, max_idle_lives: see ``launch.job_end``.
     """
@@ -117,6 +121,8 @@ class SlurmJob:
     list_file: str | None = None
     prepares: bool = True
     command: tuple[str, ...] = ()
+    each_node: bool = False
+    requeue: bool = True
     output: str | None = None
     max_lives: int = 20
     max_idle_lives: int = 3
@@ -260,7 +266,9 @@ def _directives(job: SlurmJob, by_hand: bool) -> Iterator[tuple[str, str]]:
     folder = "" if by_hand else f"{job.folder}/logs/"
     yield "output", job.output or f"{folder}{'kuroshio' if by_hand else 'job'}-{number}.out"
     yield "open-mode", "append"
-    yield "requeue", ""
+    yield ("requeue" if job.requeue else "no-requeue"), ""
+    if job.each_node:
+        yield "no-kill", ""  # go on without a node that is lost
     if not job.command:
         yield "signal", f"USR1@{job.signal_s}"  # to the ranks, not to the script
     yield "export", EXPORTED

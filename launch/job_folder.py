@@ -1,0 +1,135 @@
+"""What submissions leave in a run's folder: config, code, script and ``submit.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch import run_folder
+from launch.slurm import SlurmJob, render
+from launch.slurm_queue import job_state
+from launch.snapshot import copy_code
+from launch.tenancy import life_sign
+from trainer.config import RunConfig, load_config
+from trainer.errors import ConfigError
+from trainer.lease import read_holder
+from trainer.lives import read_lives, slurm_life, utc_now
+
+SUBMISSION = "submit.json"
+SCRIPT = "job.sbatch"
+LOGS = "logs"
+
+
+def refuse_in_use(run_dir: Path, own_job: str | None = None) -> None:
+    """Raise ConfigError when a life or a job that waits has the run's folder."""
+    for job in read_submission(run_dir).get("job_ids", []):
+        if job != own_job and (state := job_state(job)):
+            raise ConfigError(
+                f"run_dir={run_dir} is in use: its job {job} is {state}; wait for it, end it "
+                f"(`kuroshio stop {run_dir}`, or scancel {job}), or give another run_dir"
+            )
+    holder = read_holder(run_dir) if run_dir.is_dir() else None
+    sign = holder and life_sign(holder, slurm_life(os.environ), time.time(), job_state)
+    if holder and sign:
+        raise ConfigError(
+            f"run_dir={run_dir} is in use by job {holder.job or 'none'} on {holder.host} ({sign}); "
+            f"end it (`kuroshio stop {run_dir}`), or give another run_dir"
+        )
+
+
+def freeze(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
+    """Freeze the config in the run's folder, or find there the same one; return what changed.
+
+    Ranks replace some values by what the data say (``loop.max_steps`` of epochs): whatever is asked
+    for as at the last submission keeps the value that it got then.
+
+    Raises:
+        ConfigError: the folder belongs to a run of another config.
+    """
+    before, path = read_submission(run_dir).get("asked"), run_dir / run_folder.CONFIG_FILE
+    if before is not None and path.exists() and any("started" in n for n in read_lives(run_dir)):
+        now = run_folder.plain(config)
+        settled = load_config(keep_settled(before, now, run_folder.read(path)))
+        return run_folder.claim(run_dir, settled)
+    return run_folder.claim(run_dir, config)
+
+
+def keep_settled(
+    before: Mapping[str, Any], now: Mapping[str, Any], settled: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ``now`` with the ``settled`` value of each key that is asked for as ``before``."""
+    result = {}
+    for key, value in now.items():
+        if isinstance(value, Mapping) and isinstance(settled.get(key), Mapping):
+            old = before.get(key)
+            old = old if isinstance(old, Mapping) else {}
+            result[key] = keep_settled(old, value, settled[key])
+        else:
+            same = key in before and before[key] == value and key in settled
+            result[key] = settled[key] if same else value
+    return result
+
+
+def write_job(job: SlurmJob) -> Path:
+    """Write snapshot, folder of logs and script of a job; return the script.
+
+    Raises:
+        ConfigError: the site has no environment file.
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(job.folder)
+    with run_folder.writing(folder):
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)  # sbatch says nothing of a missing one
+        copy_code(Path(job.code))
+        script = folder / SCRIPT
+        script.write_text(render(job), encoding="utf-8")
+    return script
+
+
+def read_submission(run_dir: Path) -> dict[str, Any]:
+    """Return what was recorded of a run's submissions; empty when it never was submitted."""
+    path = run_dir / SUBMISSION
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def record(
+    run_dir: Path,
+    number: str,
+    job: SlurmJob,
+    config: RunConfig,
+    plan: Mapping[str, Any] | None,
+    changes: Mapping[str, Any],
+) -> None:
+    """Write ``submit.json``: the jobs of the run, what was asked for and what was planned."""
+    facts = {
+        "job_ids": [*read_submission(run_dir).get("job_ids", []), number],
+        "submitted": utc_now(),
+        "cluster": config.cluster.site.name,
+        "parents": list(job.parents),
+        "changes": dict(changes),
+        "plan": plan,
+        "asked": run_folder.plain(config),
+    }
+    path = run_dir / SUBMISSION
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with run_folder.writing(run_dir):
+        temporary.write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
+        temporary.replace(path)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let nobody else read what is written meanwhile: clusters are shared."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,257 @@
+"""Turning a configuration into a job: run folder, snapshot, script, submission. Never torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launch import ROOT, sbatch
+from launch.job_folder import (
+    freeze,
+    private_files,
+    read_submission,
+    record,
+    refuse_in_use,
+    write_job,
+)
+from launch.plan import plan_config
+from launch.slurm import SlurmJob, job_of, one_task
+from launch.snapshot import copy_code
+from trainer.config import ClusterConfig, RunConfig, load_config
+from trainer.config.cluster import check_submission, partition_limits, time_limit_s
+from trainer.errors import ConfigError
+from trainer.plan.work import RunPlan
+from trainer.stages import SINGLE_PROCESS
+
+CODE = "code"
+# Before the time limit. Ranks measure their steps and saves and stop in time by themselves; this is
+# for what they cannot foresee. Slurm sends it up to a minute early.
+SIGNAL_S = 300
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job that could be submitted: everything is checked, nothing written."""
+
+    config: RunConfig
+    job: SlurmJob
+    plan: RunPlan | None  # None: a stage without a GPU, or a model that its parents still write
+
+
+def draft(
+    values: Mapping[str, Any],
+    run_dir: Path,
+    parents: Sequence[str] = (),
+    must_fit: bool = True,
+) -> Draft:
+    """Check a run against its cluster's profile and its plan; read and write nothing of the run.
+
+    Args:
+        values: the run's plain configuration.
+        run_dir: its folder.
+        parents: jobs that it waits for. What they will write cannot be checked yet.
+        must_fit: refuse a run that cannot be by its plan.
+
+    Raises:
+        ConfigError: with every problem found, one per line.
+    """
+    folder = run_dir.expanduser().absolute()
+    config = load_config({**values, "run_dir": str(folder)})
+    account = config.cluster.account or os.environ.get("SBATCH_ACCOUNT") or None
+    config = replace(config, cluster=replace(config.cluster, account=account))
+    problems = [*check_submission(config.cluster), *_check_nodes(config)]
+    plan, job = None, None
+    try:
+        job = _job(config, folder, parents)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        plan = plan_config(config)
+    except ConfigError as error:
+        problems += [] if parents else [str(error)]
+    if plan is not None and must_fit:
+        problems += [f"{problem} (--force submits all the same)" for problem in plan.problems]
+    if problems or job is None:
+        raise ConfigError("\n".join(problems))
+    return Draft(config, job, plan)
+
+
+def submit_run(values: Mapping[str, Any], run_dir: Path, parents: Sequence[str] = ()) -> str:
+    """Write a run's folder and submit its job; see ``draft`` for the arguments.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        ConfigError: a problem of the config, a run folder in use, or a refusal of Slurm.
+        StorageError: the folder cannot be written.
+    """
+    return submit_draft(draft(values, run_dir, parents))[0]
+
+
+def submit_draft(checked: Draft) -> tuple[str, str | None]:
+    """Write the folder of a checked run and submit its job.
+
+    Returns:
+        The number of the job, and when Slurm thinks that it would start.
+
+    Raises:
+        ConfigError: a run folder in use or of another run, or a refusal of Slurm.
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(checked.job.folder)
+    sbatch.require_slurm(checked.config.cluster.site.name)
+    refuse_in_use(folder)
+    with private_files():
+        changes = freeze(folder, checked.config)
+        script = write_job(checked.job)
+        start = sbatch.estimate_start(script)
+        number = sbatch.submit_script(script)
+        _record(checked, number, changes)
+    return number, start
+
+
+def submit_array(drafts: Sequence[Draft], folder: Path, at_once: int) -> str:
+    """Submit several runs as one array of jobs, of which ``at_once`` run at the same time.
+
+    Args:
+        drafts: checked runs, on the same cluster.
+        folder: of the sweep; holds the list of runs, the code and the scripts' output.
+        at_once: tasks that may run together.
+
+    Returns:
+        The number of the array.
+
+    Raises:
+        ConfigError: the runs ask for different machines, a run folder is in use, or Slurm refuses.
+        StorageError: a folder cannot be written.
+    """
+    folder = folder.expanduser().absolute()
+    first = drafts[0]
+    if any(other.config.cluster != first.config.cluster for other in drafts):
+        raise ConfigError("cluster.*: the tasks of an array need the same machines; submit apart")
+    sbatch.require_slurm(first.config.cluster.site.name)
+    for each in drafts:
+        refuse_in_use(Path(each.job.folder))
+    job = replace(
+        first.job,
+        folder=str(folder),
+        code=str(folder / CODE),
+        array=f"0-{len(drafts) - 1}%{at_once}",
+        list_file=str(folder / "runs.txt"),
+        signal_s=max(each.job.signal_s for each in drafts),
+        prepares=any(each.job.prepares for each in drafts),
+    )
+    with private_files():
+        changes = [freeze(Path(each.job.folder), each.config) for each in drafts]
+        script = write_job(job)
+        runs = "".join(f"{each.job.folder}\n" for each in drafts)
+        (folder / "runs.txt").write_text(runs, encoding="utf-8")
+        number = sbatch.submit_script(script)
+        for index, (each, changed) in enumerate(zip(drafts, changes, strict=True)):
+            _record(each, f"{number}_{index}", changed)
+    return number
+
+
+def submit_command(
+    argv: Sequence[str],
+    folder: Path,
+    cluster: ClusterConfig,
+    parents: Sequence[str] = (),
+    name: str = "kuroshio",
+) -> str:
+    """Submit one process on one node, with one GPU where the site's jobs have GPUs.
+
+    Args:
+        argv: words for ``kuroshio``; ``-m MODULE …`` runs a module of the project.
+        folder: gets ``code/``, ``logs/`` and the script.
+        cluster: where; of its GPUs a node, one is used.
+        parents: jobs that it waits for.
+        name: of the job.
+
+    Returns:
+        The job's number.
+
+    Raises:
+        ConfigError: a value that has no place in a job script, or a refusal of Slurm.
+        StorageError: the folder cannot be written.
+    """
+    folder = folder.expanduser().absolute()
+    if problems := check_submission(cluster):
+        raise ConfigError("\n".join(problems))
+    sbatch.require_slurm(cluster.site.name)
+    job = job_of(cluster, name, str(folder), str(folder / CODE))
+    job = replace(one_task(job, tuple(argv), cluster), parents=tuple(parents))
+    with private_files():
+        return sbatch.submit_script(write_job(job))
+
+
+def enter_job(values: Mapping[str, Any]) -> Path:
+    """Write a run's folder from inside a job that was submitted by hand; return the folder.
+
+    A restarted job finds the folder and the code of its first life.
+
+    Raises:
+        ConfigError: with every problem found, or a run folder in use.
+        StorageError: the folder cannot be written.
+    """
+    checked = draft(values, Path(str(values["run_dir"])))
+    folder, job = Path(checked.job.folder), os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise ConfigError("--inside-job: SLURM_JOB_ID is not set; leave the flag out to submit")
+    refuse_in_use(folder, own_job=job)
+    with private_files():
+        changes = freeze(folder, checked.config)
+        if job not in read_submission(folder).get("job_ids", []):
+            copy_code(folder / CODE)
+            _record(checked, job, changes)
+    return folder
+
+
+def signal_seconds(cluster: ClusterConfig) -> int:
+    """Return how long before the time limit the ranks are told to save."""
+    limit = time_limit_s(cluster)
+    return SIGNAL_S if limit is None else min(SIGNAL_S, limit // 2)
+
+
+def _record(checked: Draft, number: str, changes: Mapping[str, Any]) -> None:
+    plan = checked.plan.as_dict() if checked.plan else None
+    folder = Path(checked.job.folder)
+    record(folder, number, checked.job, checked.config, plan, changes)
+
+
+def _job(config: RunConfig, folder: Path, parents: Sequence[str]) -> SlurmJob:
+    cluster = config.cluster
+    job = job_of(cluster, config.name, str(folder), str(folder / CODE))
+    if config.stage.get("name") in SINGLE_PROCESS:
+        job = one_task(job, (), cluster)
+    return replace(
+        job,
+        parents=tuple(parents),
+        prepares=bool(config.data.sources) and config.stage.get("name") not in SINGLE_PROCESS,
+        signal_s=signal_seconds(cluster),
+    )
+
+
+def _check_nodes(config: RunConfig) -> Iterator[str]:
+    cluster = config.cluster
+    site, arch = cluster.site, partition_limits(cluster).arch or cluster.site.arch
+    if config.log.wandb == "online" and site.internet is False:
+        yield (
+            f"log.wandb=online: compute nodes of {site.name} do not reach the internet; use "
+            "log.wandb=offline and `wandb sync` afterwards"
+        )
+    if arch is not None and arch != platform.machine() and cluster.image is None:
+        yield (
+            f"the nodes are {arch}, this machine is {platform.machine()}: its Python does not run "
+            "there; submit from such a node, or give cluster.image=FILE.sif"
+        )
+    if site.scheduler == "slurm" and not (ROOT / "slurm/env" / f"{site.name}.sh").is_file():
+        yield (
+            f"cluster.site.name={site.name}: slurm/env/{site.name}.sh is missing; copy "
+            "slurm/env/generic_slurm.sh and load there what your environment needs"
+        )
