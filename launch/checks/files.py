@@ -53,7 +53,9 @@ def gather(purpose: str, path: Path) -> FolderFacts:
     probe = folder / f".kuroshio-doctor-{socket.gethostname()}-{os.getpid()}"
     try:
         seconds = _write(probe)
-        skew = probe.stat().st_mtime - time.time()
+        start = time.time()
+        probe.touch()  # at the clock of the file system's server
+        skew, _ = skew_between(start, probe.stat().st_mtime, time.time())
         refuses = _try_all(probe)
         room = os.statvfs(folder)
         free_bytes = shutil.disk_usage(folder).free

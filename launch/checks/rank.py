@@ -31,13 +31,12 @@ MAX_FAILED_LINKS = 2  # a node with more is not measured any further
 class Rank:
     """A rank's place, its device, and how it tells what it finds."""
 
-    def __init__(self, plan: RankPlan, local_rank: int) -> None:
-        self.plan, self.local_rank = plan, local_rank
-        self.rank = plan.rank(local_rank)
-        self.is_first = local_rank == 0  # of its node: speaks for it
+    def __init__(self, plan: RankPlan) -> None:
+        self.plan, self.rank = plan, plan.rank
+        self.is_first = plan.local_rank == 0  # of its node: speaks for it
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", device_index(local_rank, os.environ))
+            self.device = torch.device("cuda", device_index(plan.local_rank, os.environ))
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(1)  # rates are those of a core
@@ -52,7 +51,7 @@ class Rank:
 
     def examine(self) -> None:
         """Look at this node and measure this device."""
-        self.tell("place", [self.plan.node, self.local_rank])
+        self.tell("place", [self.plan.node, self.plan.local_rank])
         self.tell("interface", self._choose_interface())
         if self.is_first:
             for purpose, path in self._folders().items():
@@ -91,11 +90,11 @@ def short(failure: Exception) -> str:
     return lines[0][:MAX_PROBLEM_CHARS]
 
 
-def run(plan: RankPlan, local_rank: int) -> None:
+def run(plan: RankPlan) -> None:
     """Do all of a rank's work; what it finds goes to standard output."""
     # An error of NCCL shall come back to us, not end the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    here = Rank(plan, local_rank)
+    here = Rank(plan)
     try:
         here.examine()
         meet(here)
@@ -184,7 +183,7 @@ def measure(here: Rank, meeting: Meeting, group: Group, name: str, backend: str)
     if plan.node not in group:
         return ""
     store = dist.PrefixStore(f"{name}/{'+'.join(group)}", meeting.store)
-    place = group.index(plan.node) * plan.ranks_per_node + here.local_rank
+    place = group.index(plan.node) * plan.ranks_per_node + plan.local_rank
     size = len(group) * plan.ranks_per_node
     device = here.device if backend == "nccl" else torch.device("cpu")
     link: dict[str, Any] = {"nodes": group, "backend": backend}

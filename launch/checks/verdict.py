@@ -189,7 +189,9 @@ def _judge_shared(reports: Reports) -> list[Finding]:
     remedy = "choose a run_dir on a file system that all nodes mount"
     others = set(seen) - {reports.nodes[0]}
     leave = tuple(blind) if set(blind) < others else ()
-    what = f"{', '.join(blind)}: no sign of a file that {reports.nodes[0]} made beside the run folder"
+    what = (
+        f"{', '.join(blind)}: no sign of a file that {reports.nodes[0]} made beside the run folder"
+    )
     return [Finding("files", "error", what, why, remedy, leave)]
 
 
