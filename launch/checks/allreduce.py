@@ -13,7 +13,7 @@ NUM_LATENCIES = 20
 MIN_BYTES = 1 << 16
 MAX_BYTES = {"gloo": 1 << 25, "nccl": 1 << 28}
 ENOUGH_S = 0.2  # the size grows until one all-reduce takes that long
-NUM_TRIALS = 3
+NUM_TRIALS = 5
 
 
 def measure(
@@ -43,23 +43,21 @@ def measure(
         )
         _all_reduce(4, device)  # makes connections
         latency_s = statistics.median(_all_reduce(4, device) for _ in range(NUM_LATENCIES))
-        num_bytes, seconds = _largest(backend, device)
-        seconds = min([seconds, *(_all_reduce(num_bytes, device) for _ in range(NUM_TRIALS - 1))])
+        num_bytes = MIN_BYTES
+        while _slowest(num_bytes, device) < ENOUGH_S / 2 and num_bytes < MAX_BYTES[backend]:
+            num_bytes *= 2
+        seconds = min(_slowest(num_bytes, device) for _ in range(NUM_TRIALS))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return num_bytes / seconds / 1e9 * 2 * (world_size - 1) / world_size, latency_s * 1e6
 
 
-def _largest(backend: str, device: torch.device) -> tuple[int, float]:
-    """Double the message until it takes long enough; all ranks go by the slowest of them."""
-    num_bytes = MIN_BYTES
-    while True:
-        took = torch.tensor(_all_reduce(num_bytes, device), device=device)
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        if took.item() >= ENOUGH_S / 2 or num_bytes >= MAX_BYTES[backend]:
-            return num_bytes, took.item()
-        num_bytes *= 2
+def _slowest(num_bytes: int, device: torch.device) -> float:
+    """Return the seconds that an all-reduce takes the slowest rank; all ranks return the same."""
+    took = torch.tensor(_all_reduce(num_bytes, device), device=device)
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return took.item()
 
 
 def _all_reduce(num_bytes: int, device: torch.device) -> float:

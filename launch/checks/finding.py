@@ -57,15 +57,16 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return ConfigError.exit_code if any(f.level == "error" for f in findings) else 0
 
 
-def excluded(findings: Iterable[Finding]) -> list[str]:
-    """Return the nodes that findings say to do without, sorted."""
-    return sorted({node for finding in findings for node in finding.nodes})
+def nodes_of(findings: Iterable[Finding], level: Level) -> list[str]:
+    """Return the nodes that findings of ``level`` say to do without, sorted."""
+    return sorted({node for f in findings if f.level == level for node in f.nodes})
 
 
 def as_data(findings: list[Finding]) -> dict[str, Any]:
     """Return what ``--json`` prints."""
     return {
         "exit_code": exit_code(findings),
-        "exclude": excluded(findings),
+        "exclude": nodes_of(findings, "error"),
+        "slow": nodes_of(findings, "warning"),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +16,19 @@ from launch import sbatch
 from launch.checks import verdict
 from launch.checks.finding import Finding, error
 from launch.checks.rank_plan import CheckPlan, read_plan
-from launch.checks.report import read_lines
+from launch.checks.report import MAX_PROBLEM_CHARS, read_lines
 from launch.checks.verdict import Reports
 from launch.job_folder import private_files, write_job
 from launch.local import threads_per_rank
 from launch.rendezvous import free_port
 from launch.run_folder import writing
 from launch.slurm import job_of
-from launch.slurm_queue import job_state
+from launch.slurm_queue import ask_squeue, job_state
 from trainer.config import ClusterConfig, RunConfig
 from trainer.config.cluster import check_submission
 from trainer.errors import ConfigError
 
-PLAN, HOSTS, NODES = "plan.json", "hosts", "nodes"
+PLAN, HOSTS, NODES, FIRST_NODE = "plan.json", "hosts", "nodes", "first_node"
 COMMAND = ("doctor", "--ranks")
 TIME_LIMIT = "00:30:00"  # of the job: a minute or two, and a cold start of Python on many nodes
 MEASURING_S = 60.0  # a rank may say nothing for that long although all is well
@@ -133,6 +133,7 @@ def wait(number: str, plan: CheckPlan, say: Callable[[str], None]) -> None:
             say(f"  kuroshio doctor --read {shlex.quote(str(folder))}")
             told = state
         time.sleep(POLL_S)
+    (folder / FIRST_NODE).write_text(ask_squeue(number, "%B") or "", encoding="utf-8")
     _wait_for_progress(folder, plan, lambda: job_state(number) not in ("", "COMPLETING"))
     subprocess.run(["scancel", "--quiet", number], check=False, timeout=60)
 
@@ -165,15 +166,36 @@ def read(folder: Path) -> list[Finding]:
             "`kuroshio doctor --nodes` named"
         ) from failure
     if not (folder / HOSTS).is_file():
-        what = "the job never began"
-        remedy = f"see the files in {folder}/logs, and `squeue --me`"
-        return [error("ranks", what, "it waits, was cancelled, or its first node is sick", remedy)]
+        return [_explain_absence(folder)]
     nodes = tuple((folder / HOSTS).read_text(encoding="utf-8").split())
-    ranks = read_lines(_lines(_outputs(folder)))
-    reports = Reports(nodes, plan.ranks_per_node, ranks, plan.wait_s, plan.profile_gb_per_s)
-    return verdict.judge(reports)
+    return verdict.judge(
+        Reports(
+            nodes=nodes,
+            ranks_per_node=plan.ranks_per_node,
+            ranks=read_lines(line for path in _outputs(folder) for line in _lines(path)),
+            wait_s=plan.wait_s,
+            profile_gb_per_s=plan.profile_gb_per_s,
+            complaints={node: _complaint(folder / NODES / f"{node}.err") for node in nodes},
+        )
+    )
 
 
-def _lines(paths: Iterable[Path]) -> Iterable[str]:
-    for path in paths:
-        yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
+def _explain_absence(folder: Path) -> Finding:
+    """Say why the job's script, which names the nodes first of all, did not come as far."""
+    remedy = f"see the files in {folder}/logs, and `squeue --me`"
+    path = folder / FIRST_NODE
+    node = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not node:
+        return error("ranks", "the job never began", "it waits, or was cancelled", remedy)
+    what = f"{node}: it should have run the job's script, and did not"
+    return Finding("ranks", "error", what, "the node is down or cut off", remedy, (node,))
+
+
+def _complaint(path: Path) -> str:
+    """Return the first line in which srun or Python says what went wrong."""
+    found = (line for line in _lines(path) if "error" in line.lower()) if path.is_file() else ()
+    return next(iter(found), "")[:MAX_PROBLEM_CHARS]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.checks.finding import Finding, excluded
+from launch.checks.finding import Finding, Level, nodes_of
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 LOG_WIDTH = 110  # of a file, which has none
@@ -26,9 +26,11 @@ def render(findings: Sequence[Finding]) -> RenderableType:
             body.append(f"\nwhy: {finding.why}\nremedy: {finding.remedy}", style="dim")
         table.add_row(Text(finding.level, STYLES[finding.level]), finding.topic, body)
     lines = [Text(""), Text(count(findings))]
-    nodes = ",".join(excluded(findings))
-    if nodes:
-        lines.append(Text(f"do without them: sbatch --exclude={nodes}, or cluster.exclude={nodes}"))
+    advices: dict[Level, str] = {"error": "do without", "warning": "slow, perhaps do without"}
+    for level, advice in advices.items():
+        nodes = ",".join(nodes_of(findings, level))
+        if nodes:
+            lines.append(Text(f"{advice}: sbatch --exclude={nodes}, or cluster.exclude={nodes}"))
     return Group(table, *lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from launch.checks import files, link_verdict
 from launch.checks.finding import Finding, error, ok
@@ -26,6 +26,7 @@ class Reports:
         ranks: reports by rank; those that never came are missing.
         wait_s: how long a silent node was waited for.
         profile_gb_per_s: of a node to others, by the profile; None if unknown.
+        complaints: what Slurm, or Python, said last on the standard error of a node's ranks.
     """
 
     nodes: tuple[str, ...]
@@ -33,6 +34,7 @@ class Reports:
     ranks: Mapping[int, RankReport]
     wait_s: float
     profile_gb_per_s: float | None = None
+    complaints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def first_ranks(self) -> list[RankReport]:
@@ -81,7 +83,7 @@ def _judge_presence(reports: Reports) -> list[Finding]:
 def _name_silent(reports: Reports, node: str, ranks: Sequence[int]) -> Finding:
     which = "nothing" if len(ranks) == reports.ranks_per_node else f"nothing from ranks {ranks}"
     what = f"{node}: {which} within {reports.wait_s:.0f} s"
-    why = "the node is down, cut off, or cannot start Python"
+    why = reports.complaints.get(node) or "the node is down, cut off, or cannot start Python"
     return Finding(TOPIC, "error", what, why, EXCLUDE, (node,))
 
 
