@@ -102,16 +102,16 @@ class Follower:
                 if file.seek(0, os.SEEK_END) < place:  # written anew
                     place = 0
                 file.seek(place)
-                for block in iter(lambda: file.read(BLOCK_BYTES), b""):  # noqa: B023
+                while block := file.read(BLOCK_BYTES):
                     self._show(path, block)
                 self._places[path] = file.tell()
-        sys.stdout.flush()
 
     def _show(self, path: Path, block: bytes) -> None:
         if self._spoke != path and len(self._places) > 1:
-            print(f"{'' if self._spoke is None else chr(10)}==> {path} <==")
+            print(f"{'' if self._spoke is None else chr(10)}==> {path} <==", flush=True)
         self._spoke = path
-        sys.stdout.write(block.decode("utf-8", "replace"))
+        sys.stdout.buffer.write(block)  # as bytes: a block may end inside a character
+        sys.stdout.buffer.flush()
 
 
 def find_last_lines(path: Path, num_lines: int) -> int:

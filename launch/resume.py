@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder (run_dir)")
     run_dir = parser.parse_args(argv).run
     facts = read_run(run_dir)
-    queue = Queue()
-    state = judge(facts, queue.jobs() if facts.job_ids else None)
+    queue = Queue(is_on=bool(facts.job_ids))
+    state = judge(facts, queue.jobs())
     refuse_living(facts, state, queue)
     if state.word == "finished":
         print(f"{run_dir} is finished at step {facts.step}: nothing to do")
@@ -56,16 +56,16 @@ def main(argv: Sequence[str]) -> int:
 
 def refuse_living(facts: RunFacts, state: State, queue: Queue) -> None:
     """Raise ConfigError when the run lives or waits, naming job and host."""
-    job = newest_job(facts, queue.jobs())
-    if queue.problem and facts.job_ids:
+    if queue.problem:
         raise ConfigError(
-            f"{queue.problem}; whether job {facts.job_ids[-1]} of {facts.run_dir} lives is unknown, "
-            "so nothing is started; try again when Slurm answers"
+            f"{queue.problem}; whether job {facts.job_ids[-1]} of {facts.run_dir} lives is "
+            "unknown, so nothing is started; try again when Slurm answers"
         )
     if state.word not in GOING:
         return
+    job = newest_job(facts, queue.jobs())
     who = f"job {job.number}" if job else "a process"
-    where = (job and job.nodes) or (facts.lives[-1].host if facts.lives else "")
+    where = job.nodes if job else facts.lives[-1].host if facts.lives else ""
     raise ConfigError(
         f"{facts.run_dir} is {state.word}: {who}{f' on {where}' if where else ''} has it; see "
         f"`kuroshio watch {facts.run_dir}`, or end it with `kuroshio stop {facts.run_dir}` first"

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
         Console(highlight=False, markup=False, width=width).print(watch.table())
     else:
-        follow(watch, max(MIN_EVERY_S, options.every))
+        follow(watch, options.every)
     return 0
 
 
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-slurm", action="store_true", help="never call squeue")
     parser.add_argument(
         "--every",
-        type=float,
+        type=_seconds,
         default=5.0,
         metavar="S",
         help="seconds between refreshes (%(default)s)",
@@ -78,17 +78,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def follow(watch: Watch, every_s: float) -> None:
+def follow(watch: Watch, every_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
     """Show the table anew every ``every_s`` seconds until Ctrl-C."""
     watch.refresh()
     with Live(watch.table(), auto_refresh=False, vertical_overflow="visible") as live:
         try:
             while True:
-                time.sleep(every_s)
+                sleep(every_s)
                 watch.refresh(every_s)
                 live.update(watch.table(), refresh=True)
         except KeyboardInterrupt:
             return
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds >= MIN_EVERY_S:
+        raise argparse.ArgumentTypeError(f"{text} is less than {MIN_EVERY_S:.0f} second")
+    return seconds
 
 
 class Watch:

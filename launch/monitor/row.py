@@ -42,7 +42,7 @@ class Row:
     saved_step: int | None = None
     saved_age_s: float | None = None
     num_lives: int = 0
-    ends: list[str] = field(default_factory=list)  # why each life before the last one ended
+    ends: list[str] = field(default_factory=list)  # why each life before this one ended
     problems: list[str] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
     wandb: list[str] = field(default_factory=list)  # lines to type
@@ -71,7 +71,9 @@ def build_row(facts: RunFacts, jobs: Mapping[str, Job] | None, name: str = "") -
     state, job = judge(facts, jobs), newest_job(facts, jobs)
     hours, is_whole = facts.rank_hours(state.is_alive)
     costs = facts.costs(hours) if facts.lives else []
-    lives = facts.lives[:-1] if state.word in ("running", "stopping", "finished") else facts.lives
+    # The last life still lives, or its end is the state's note; unless the next one is starting.
+    is_starting = state.is_alive and bool(facts.lives) and facts.lives[-1].has_ended
+    earlier = facts.lives if is_starting else facts.lives[:-1]
     return Row(
         name=name or facts.run_dir.name,
         folder=facts.run_dir,
@@ -97,7 +99,7 @@ def build_row(facts: RunFacts, jobs: Mapping[str, Job] | None, name: str = "") -
         saved_step=facts.saved.step if facts.saved else None,
         saved_age_s=facts.seconds_since(facts.saved.time) if facts.saved else None,
         num_lives=len(facts.lives),
-        ends=[life.why or "no end recorded" for life in lives],
+        ends=[life.why or "no end recorded" for life in earlier],
         problems=facts.problems,
         wandb=wandb_lines(facts.run_dir),
     )
