@@ -178,6 +178,7 @@ def _work(config: RunConfig, models: list[Model], passes: list[Pass], **more: An
         "passes": tuple(passes),
         "row_length": config.data.max_length,
         "micro_batch_size": loop.micro_batch_size,
+        "is_packed": config.data.packing,
         "num_steps": loop.max_steps or None,
         "tokens_per_step": loop.global_batch_tokens,
         "keep_last": loop.keep_last,

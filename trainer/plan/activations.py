@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from trainer.plan.flops import ModelShape
 
 CHUNK_BYTES = 128 * 2**20  # logits that the head holds at one time, in the weights' format
+CPU_TILE_BYTES = 16 * 2**20  # of them in fp32 at one time, on a CPU
 KEPT_BYTES = 64 * 2**20  # logits that preference stages keep for the backward pass, fp32
 CACHE_ROOM = 128  # tokens by which a row's keys and values are longer than what is in them
 
@@ -24,14 +25,18 @@ class Micro:
         num_tokens: rows times their length.
         element_bytes: of an activation.
         checkpointing: whether layers are computed again in the backward pass.
-        has_kernel: whether attention is one kernel over documents of uneven lengths (compute
-            capability 8 and half precision); else documents are gathered by length.
+        on_gpu: whether the device is a GPU.
+        has_kernel: whether it has the attention kernel for documents of uneven lengths (compute
+            capability 8, half precision).
+        is_packed: whether a row holds several documents.
     """
 
     num_tokens: int
     element_bytes: int
-    checkpointing: bool
-    has_kernel: bool = True
+    checkpointing: bool = False
+    on_gpu: bool = False
+    has_kernel: bool = False
+    is_packed: bool = False
 
 
 def layer_bytes(shape: ModelShape, micro: Micro) -> float:
@@ -39,48 +44,65 @@ def layer_bytes(shape: ModelShape, micro: Micro) -> float:
     size, hidden = micro.element_bytes, shape.hidden_size
     query = shape.num_attention_heads * shape.head_dim
     key = shape.num_key_value_heads * shape.head_dim
+    if micro.on_gpu and not micro.has_kernel:
+        key = query  # repeated for all query heads
     # A norm keeps its input in fp32, the normalised input and, for the matrices, its output.
     norms = 2 * (4 * hidden + 2 * size * hidden + 4)
     # Rotated queries and keys, values, the output, and a logarithm a head; the output once more
-    # where documents are put back in their places.
-    outputs = 1 if micro.has_kernel else 2
-    keys = key if micro.has_kernel else query
-    attention = size * ((1 + outputs) * query + 2 * keys) + 4 * shape.num_attention_heads
+    # where documents are gathered by length and put back in their places.
+    outputs = 1 + (micro.is_packed and not micro.has_kernel)
+    attention = size * ((1 + outputs) * query + 2 * key) + 4 * shape.num_attention_heads
     return micro.num_tokens * (norms + attention + size * _mlp_width(shape))
 
 
 def _mlp_width(shape: ModelShape) -> float:
     """Return the features that an average layer's MLP keeps of a token."""
-    # With a gate: gate, its activation, up and their product; else a matrix' output and activation.
-    kept = 4 if shape.num_mlp_matrices == 3 else 2
     layers = shape.num_hidden_layers
     expert = shape.num_experts_per_tok * (shape.expert_size + shape.hidden_size)
     expert += shape.shared_expert_size
     dense = shape.dense_layers * shape.intermediate_size
-    return kept * (dense + (layers - shape.dense_layers) * expert) / layers
+    return _kept_matrices(shape) * (dense + (layers - shape.dense_layers) * expert) / layers
 
 
-def working_bytes(shape: ModelShape, micro: Micro) -> float:
-    """Return what exists while one layer computes backwards: gradients of its widest parts."""
-    width = _mlp_width(shape) / (4 if shape.num_mlp_matrices == 3 else 2)
-    return micro.num_tokens * micro.element_bytes * (3 * width + 2 * shape.hidden_size)
+def _kept_matrices(shape: ModelShape) -> int:
+    """Return how often an MLP keeps its width: gate, its activation, up, product; or but two."""
+    return 4 if shape.num_mlp_matrices == 3 else 2
 
 
-def activation_bytes(shape: ModelShape, micro: Micro) -> float:
-    """Return the largest size of one model's activations in a forward and backward pass.
+def kept_bytes(shape: ModelShape, micro: Micro) -> float:
+    """Return what all layers keep for the backward pass; with checkpointing only their inputs."""
+    if not micro.checkpointing:
+        return shape.num_hidden_layers * layer_bytes(shape, micro)
+    return float(shape.num_hidden_layers * _input_bytes(shape, micro))
 
-    With checkpointing each layer keeps its input, and one layer at a time all it needs.
+
+def _input_bytes(shape: ModelShape, micro: Micro) -> int:
+    return micro.num_tokens * micro.element_bytes * shape.hidden_size
+
+
+def backward_bytes(shape: ModelShape, micro: Micro) -> float:
+    """Return what exists beside what is kept while one layer is computed backwards.
+
+    Two gradients as wide as its MLP and one as wide as the layer; with checkpointing also what the
+    layer needs, computed again.
     """
-    layers, layer = shape.num_hidden_layers, layer_bytes(shape, micro)
-    inputs = micro.num_tokens * micro.element_bytes * shape.hidden_size
-    last_norm = micro.num_tokens * (4 + 2 * micro.element_bytes) * shape.hidden_size
-    kept = layers * inputs + layer if micro.checkpointing else layers * layer
-    return kept + last_norm + working_bytes(shape, micro)
+    width = _mlp_width(shape) / _kept_matrices(shape)
+    working = micro.num_tokens * micro.element_bytes * (2 * width + shape.hidden_size)
+    if not micro.checkpointing:
+        return working
+    # In fp32 the first norm's input is the layer's.
+    shared = _input_bytes(shape, micro) if micro.element_bytes == 4 else 0
+    return working + layer_bytes(shape, micro) - shared
+
+
+def last_norm_bytes(shape: ModelShape, micro: Micro) -> float:
+    """Return what the norm before the head keeps."""
+    return float(micro.num_tokens * (4 + 2 * micro.element_bytes) * shape.hidden_size)
 
 
 def forward_bytes(shape: ModelShape, micro: Micro) -> float:
     """Return what a forward pass without gradients holds at once: one layer's widest part."""
-    width = _mlp_width(shape) / (4 if shape.num_mlp_matrices == 3 else 2)
+    width = _mlp_width(shape) / _kept_matrices(shape)
     return micro.num_tokens * micro.element_bytes * (3 * width + 3 * shape.hidden_size)
 
 
@@ -93,16 +115,24 @@ def loss_bytes(shape: ModelShape, micro: Micro, *, head_trained: bool) -> float:
 
 
 def tile_bytes(shape: ModelShape, micro: Micro) -> float:
-    """Return the largest size of the logits of a tile, in fp32, and their probabilities."""
-    tokens = min(micro.num_tokens, CHUNK_BYTES // (shape.vocab_size * micro.element_bytes))
-    element = 4 if micro.element_bytes == 4 else 4 + micro.element_bytes
-    return float(max(1, tokens) * shape.vocab_size * element)
+    """Return what the logits of a chunk of tokens take, and their probabilities."""
+    logits = _chunk_tokens(shape, micro) * shape.vocab_size
+    if micro.element_bytes == 4:
+        return 4.0 * logits
+    if micro.on_gpu:  # the products in fp32, the probabilities in the weights' format
+        return float((4 + micro.element_bytes) * logits)
+    # A CPU multiplies in the weights' format and widens tiles: one while the next is made.
+    return micro.element_bytes * logits + 2.0 * min(CPU_TILE_BYTES, 4 * logits)
+
+
+def _chunk_tokens(shape: ModelShape, micro: Micro) -> int:
+    most = CHUNK_BYTES // (shape.vocab_size * micro.element_bytes)
+    return max(1, min(micro.num_tokens, most))
 
 
 def logps_bytes(shape: ModelShape, micro: Micro, *, head_trained: bool) -> float:
     """Return what log-probabilities with gradients hold: as a loss does, and the logits kept."""
-    tokens = min(micro.num_tokens, CHUNK_BYTES // (shape.vocab_size * micro.element_bytes))
-    kept = 4.0 * max(1, tokens) * shape.vocab_size
+    kept = 4.0 * _chunk_tokens(shape, micro) * shape.vocab_size
     kept = kept * (KEPT_BYTES // kept)
     chosen = micro.num_tokens * shape.hidden_size * micro.element_bytes
     return loss_bytes(shape, micro, head_trained=head_trained) + kept + chosen

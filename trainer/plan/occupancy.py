@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from trainer.plan.activations import (
     Micro,
-    activation_bytes,
+    backward_bytes,
     cache_bytes,
     forward_bytes,
+    kept_bytes,
+    last_norm_bytes,
     logps_bytes,
     loss_bytes,
     tile_bytes,
 )
+from trainer.plan.flops import device_peak
 from trainer.plan.memory import EnginePlan, Model, bucket_bytes, state_bytes
 from trainer.plan.work import Machine, Rollout, Work
 
@@ -20,69 +23,71 @@ LIVE_PARAMETERS = 10**9  # that ZeRO-3 keeps gathered, at most: stage3_max_live_
 LOADING = "models while they are loaded"
 
 
-def gpu_memory(work: Work, engine: EnginePlan, world: int) -> tuple[dict[str, float], float]:
-    """Return the parts of a GPU's memory, and the largest sum that exists at one time."""
+def gpu_memory(work: Work, engine: EnginePlan, machine: Machine) -> dict[str, float]:
+    """Return what is on a GPU at the moment when most is, by part."""
+    world = machine.num_gpus
     states = state_bytes(work.models, engine, world)
-    parts = dict(states.gpu)
-    counts = [model.counts for model in work.models]
-    trained = sum(c.trained for c in counts)
-    standing = sum(parts.values())
-    buckets = bucket_bytes(engine, trained, world)
-    parts["buckets"] = buckets
-    if engine.zero_stage == 3:
-        live = min(LIVE_PARAMETERS, sum(c.plain for c in counts))
-        parts["gathered weights"] = live * engine.element_bytes * (world > 1)
-    parts["activations"], parts["logits"] = _training_bytes(work, engine)
-    training = parts["activations"] + parts["logits"] + buckets + parts.get("gathered weights", 0)
-    peak = standing + max(training, states.step)
+    transit = {"communication buffers": bucket_bytes(engine, _trained(work), world)}
+    if engine.zero_stage == 3 and world > 1:
+        live = min(LIVE_PARAMETERS, sum(model.counts.plain for model in work.models))
+        transit["gathered weights"] = float(live * engine.element_bytes)
+    micro = make_micro(work, engine, machine)
+    moments = [transit | moment for moment in _training_moments(work, micro)]
+    moments.append({"optimizer step": states.step})
     if work.rollout is not None:
-        writing = _rollout_bytes(work.rollout, engine, world)
-        parts |= writing
-        peak = max(peak, standing + sum(writing.values()))
-    return parts, peak
+        moments.append(_rollout_parts(work.rollout, engine, world))
+    largest = max(moments, key=lambda moment: sum(moment.values()))
+    return dict(states.gpu) | largest
 
 
-def _micro(work: Work, engine: EnginePlan) -> Micro:
+def _trained(work: Work) -> int:
+    return sum(model.counts.trained for model in work.models)
+
+
+def make_micro(work: Work, engine: EnginePlan, machine: Machine) -> Micro:
+    """Return what a rank computes at once, and by which attention."""
+    peak = device_peak(machine.gpu) if machine.gpu else None
+    has_kernel = peak is not None and peak.bf16 is not None and engine.precision != "fp32"
     return Micro(
         work.micro_batch_size * work.row_length,
         engine.element_bytes,
         engine.activation_checkpointing,
-        has_kernel=engine.precision == "bf16",
+        on_gpu=peak is not None,
+        has_kernel=has_kernel,
+        is_packed=work.is_packed,
     )
 
 
-def _training_bytes(work: Work, engine: EnginePlan) -> tuple[float, float]:
-    """Return activations and logits of the largest micro-batch."""
-    micro = _micro(work, engine)
-    activations, logits = 0.0, 0.0
-    for one in {id(p.model): p for p in work.passes if p.trains}.values():
-        activations += activation_bytes(one.model.shape, micro)
-        if not one.model.scalar:
+def _training_moments(work: Work, micro: Micro) -> list[dict[str, float]]:
+    """Return what there is beside the states while the loss, and while a layer is computed."""
+    trained = {id(p.model): p.model for p in work.passes if p.trains}.values()
+    kept = sum(kept_bytes(model.shape, micro) for model in trained)
+    loss, backward = {"activations": kept}, {"activations": kept}
+    for model in trained:
+        backward["activations"] = max(
+            backward["activations"], kept + backward_bytes(model.shape, micro)
+        )
+        if not model.scalar:
+            loss["activations"] += last_norm_bytes(model.shape, micro)
             size = logps_bytes if work.wants_logps else loss_bytes
-            head_trained = _trains_head(one.model)
-            logits = max(logits, size(one.model.shape, micro, head_trained=head_trained))
+            loss["logits and loss"] = size(model.shape, micro, head_trained=_trains_head(model))
     frozen = [p.model for p in work.passes if not p.trains]
-    quiet = max(
-        (forward_bytes(m.shape, micro) + tile_bytes(m.shape, micro) for m in frozen), default=0.0
-    )
-    return max(activations, quiet - logits), logits
+    quiet = [forward_bytes(m.shape, micro) + tile_bytes(m.shape, micro) for m in frozen]
+    return [loss, backward, {"forward without gradients": max(quiet, default=0.0)}]
 
 
 def _trains_head(model: Model) -> bool:
-    counted = model.counts
-    tied = (
-        model.shape.tie_word_embeddings and model.tuning is not None and model.tuning.mode == "full"
-    )
-    return bool(counted.trained_head) or tied
+    is_full = model.tuning is not None and model.tuning.mode == "full"
+    return bool(model.counts.trained_head) or (model.shape.tie_word_embeddings and is_full)
 
 
-def _rollout_bytes(rollout: Rollout, engine: EnginePlan, world: int) -> dict[str, float]:
+def _rollout_parts(rollout: Rollout, engine: EnginePlan, world: int) -> dict[str, float]:
     """Return what writing responses holds: keys and values, logits, the policy made whole."""
     shape, row = rollout.policy.shape, rollout.row_tokens
     rows = rollout.rows_together(world)
     cache = cache_bytes(shape, rows * row, row, engine.element_bytes)
     logits = rows * shape.vocab_size * (4 + engine.element_bytes)
-    prompts = Micro(rows * rollout.max_prompt, engine.element_bytes, False)
+    prompts = Micro(rows * rollout.max_prompt, engine.element_bytes, on_gpu=True)
     found = {"rollout: keys and values": cache}
     found["rollout: forward"] = logits + forward_bytes(shape, prompts)
     if engine.zero_stage == 3:

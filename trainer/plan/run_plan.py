@@ -31,7 +31,7 @@ def plan_run(
     world = machine.num_gpus
     counts = {model.role: model.counts for model in work.models}
     trained = sum(c.trained for c in counts.values())
-    memory, peak = gpu_memory(work, engine, world)
+    memory = gpu_memory(work, engine, machine)
     host, nvme = host_memory(work, engine, machine)
     checkpoint = MASTER_AND_MOMENTS * trained
     time = step_time(work, engine, machine, efficiency)
@@ -51,7 +51,7 @@ def plan_run(
         parameters={role: dict(c.by_kind) for role, c in counts.items()},
         trained_parameters=trained,
         memory=memory,
-        peak_bytes=peak,
+        peak_bytes=sum(memory.values()),
         gpu_bytes=None if machine.gpu_memory_gb is None else machine.gpu_memory_gb * GB,
         host=host,
         host_bytes=machine.host_bytes,

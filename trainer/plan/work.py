@@ -96,6 +96,7 @@ class Work:
         row_length: tokens of a row.
         micro_batch_size: rows a rank holds at once.
         optimizer_steps: of a step of the loop.
+        is_packed: whether a row holds several documents.
         wants_logps: whether the policy's loss is of log-probabilities.
         rollout: of PPO.
         num_steps: None where only the prepared data can tell.
@@ -109,6 +110,7 @@ class Work:
     micro_batch_size: int
     optimizer_steps: int = 1
     once: tuple[Pass, ...] = ()
+    is_packed: bool = True
     wants_logps: bool = False
     rollout: Rollout | None = None
     num_steps: int | None = None
@@ -134,8 +136,8 @@ class RunPlan:
 
     Attributes:
         parameters: by model and kind.
-        memory: bytes on each GPU by part; activations are the largest moment's.
-        peak_bytes: of a GPU.
+        memory: bytes on each GPU by part, at the moment when there are most.
+        peak_bytes: their sum.
         gpu_bytes: that a GPU has.
         host: bytes of one node's memory by part.
         host_bytes: that a job may have on a node.
