@@ -12,9 +12,10 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from trainer.config import ClusterConfig
 from trainer.config.cluster import format_time, partition_name, time_limit_s
@@ -223,17 +224,22 @@ def render(job: SlurmJob, by_hand: bool = False) -> str:
         job: all of its values are checked.
         by_hand: take the words of ``kuroshio run`` from the command line instead of a run folder.
     """
-    environment = Environment(  # a shell script, not a web page
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["sh"] = shlex.quote
     scratch = shlex.quote(job.scratch) if job.scratch else "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}"
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         directives=list(_directives(job, by_hand)),
         by_hand=by_hand,
         gpus=bool(job.gres),
         **{**vars(job), "scratch": scratch},
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(  # a shell script, not a web page
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["sh"] = shlex.quote
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def by_hand(cluster: ClusterConfig) -> str:
