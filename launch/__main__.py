@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +32,7 @@ VERBS = {
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
 WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/
+ON_MACHINES = ("submit", "plan", "doctor")  # verbs about a run's machines: overrides beside flags
 PIPELINES = {"run": "launch.pipeline", "submit": "launch.graph.jobs"}  # with pipeline=NAME
 USAGE = """usage: kuroshio VERB [GROUP=OPTION | KEY=VALUE | FLAG]...
 
@@ -57,11 +60,11 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     verb, arguments = argv[0], list(argv[1:])
     if verb == "-sc":
-        return importlib.import_module("launch.completion").main(arguments, list(VERBS))
+        return importlib.import_module("launch.completion").main(arguments, list(VERBS), help_text)
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is no verb: {', '.join(VERBS)}{nearest(verb, VERBS)}")
-    if verb in WITH_KEYS and {"-h", "--help"}.intersection(arguments):
-        print(importlib.import_module("launch.help").verb_help(verb, arguments), end="")
+    if {"-h", "--help"}.intersection(arguments):
+        print(help_text(verb, arguments), end="")
         return 0
     if verb == "prepare":
         return prepare(arguments)
@@ -70,6 +73,17 @@ def dispatch(argv: Sequence[str]) -> int:
     if verb == "run" and arguments[:1] == ["--step"]:
         return importlib.import_module("launch.graph.work").main(arguments[1:])
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0
+
+
+def help_text(verb: str, arguments: Sequence[str] = ()) -> str:
+    """Return the text of ``kuroshio VERB --help``; options among ``arguments`` count as chosen."""
+    texts = importlib.import_module("launch.help")
+    if verb in WITH_KEYS:
+        return texts.verb_help(verb, arguments)
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        importlib.import_module(VERBS[verb][0]).main(["--help"])
+    return shown.getvalue() + (texts.cluster_help(arguments) if verb in ON_MACHINES else "")
 
 
 def prepare(arguments: list[str]) -> int:

@@ -110,8 +110,8 @@ def read_pipeline(words: Sequence[str], absolute: bool = False, folder: Path = F
     file = _find(words, folder)
     values = _read_yaml(file)
     steps = values.get("steps")
-    if not isinstance(steps, dict) or not steps:
-        raise ConfigError(f"{file}: steps is missing; name at least one step")
+    if not isinstance(steps, dict) or not any("run" in (step or {}) for step in steps.values()):
+        raise ConfigError(f"{file}: steps holds no run; name at least one step with `run`")
     given = _split(words, steps)
     place = given.folder or str(values.get(DIR) or f"runs/{file.stem}")
     if absolute:
@@ -277,7 +277,10 @@ def _with_words(
     values = dict(content)
     for word in words:
         key, _, value = word.partition("=")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = value if REFERENCE.match(value) else yaml.safe_load(value)
+        except yaml.YAMLError:
+            problems.append(f"{where}: {key}={value}: cannot be read; quote it as in YAML")
     return values
 
 
