@@ -7,17 +7,23 @@ COMP_LINE.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
-from launch.help import read_keys, verb_files
+from launch.help import FLAGS, read_keys, verb_files
 from trainer.errors import ConfigError
 
-COMPOSING = ("run", "prepare")  # verbs whose words are overrides
+COMPOSING = ("run", "submit", "prepare", "plan", "doctor")  # verbs whose words are overrides
 TAKING_A_MODEL = ("chat", "generate", "serve")  # verbs with keys of their own
 
 
-def main(arguments: Sequence[str], verbs: Sequence[str]) -> int:
+def main(arguments: Sequence[str], verbs: Sequence[str], help_text: Callable[[str], str]) -> int:
     """Print shell code for ``install=SHELL`` and ``uninstall=SHELL``, or words for ``query=SHELL``.
+
+    Args:
+        arguments: after ``-sc``.
+        verbs: of the command line.
+        help_text: returns the help of a verb, which names its flags.
 
     Raises:
         ConfigError: for another action or an unknown shell.
@@ -29,20 +35,29 @@ def main(arguments: Sequence[str], verbs: Sequence[str]) -> int:
             "with SHELL bash, zsh or fish"
         )
     if action == "query":
-        return _query(os.environ.get("COMP_LINE", ""), shell, verbs)
+        return _query(os.environ.get("COMP_LINE", ""), shell, verbs, help_text)
     from launch.compose import run_completion
 
     run_completion(f"{action}={shell}")
     return 0
 
 
-def _query(line: str, shell: str, verbs: Sequence[str]) -> int:
-    """Print what may stand at the end of ``line``."""
+def find_flags(verb: str, help_text: Callable[[str], str]) -> list[str]:
+    """Return the flags that a verb's help lists, each at the start of a line."""
+    text = FLAGS.get(verb) or help_text(verb)
+    return re.findall(r"^  (?:-\w, )?(--[a-z][a-z-]*)", text, re.MULTILINE)
+
+
+def _query(line: str, shell: str, verbs: Sequence[str], help_text: Callable[[str], str]) -> int:
+    """Print what may stand at the end of ``line``; nothing where the shell completes file names."""
     words = line.split()
     typing_verb = len(words) < 2 or (len(words) == 2 and not line[-1].isspace())
     if typing_verb:
         start = words[1] if len(words) == 2 else ""
         print("\n".join(verb for verb in verbs if verb.startswith(start)))
+    elif words[1] in verbs and words[-1].startswith("-") and not line[-1].isspace():
+        flags = find_flags(words[1], help_text)
+        print("\n".join(flag for flag in flags if flag.startswith(words[-1])))
     elif words[1] in COMPOSING:
         from launch.compose import run_completion
 

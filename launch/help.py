@@ -14,6 +14,7 @@ CONF = ROOT / "conf"
 FLAGS = {
     "run": """usage: kuroshio run [GROUP=OPTION | KEY=VALUE]... [--dry-run]
        kuroshio run --config FILE [--dry-run]
+       kuroshio run pipeline=NAME [dir=FOLDER] [KEY=VALUE | STEP.KEY=VALUE]... [--dry-run]
 
   --dry-run      compose, check and print the plan; loads no model, writes nothing
   --config FILE  a whole configuration instead of overrides, such as RUN/config.yaml
@@ -64,6 +65,16 @@ def verb_help(verb: str, arguments: Sequence[str] = (), conf: Path = CONF) -> st
     for prefix, path in _key_files(conf, chosen, defaults):
         lines += ["", *_key_lines(path, prefix)]
     return "\n".join(lines) + "\n"
+
+
+def cluster_help(arguments: Sequence[str] = (), conf: Path = CONF) -> str:
+    """Return the options and keys of the group ``cluster``, for verbs about a run's machines."""
+    option = _choices(arguments, conf).get("cluster", "local")
+    lines = ["", "  cluster", *_option_lines(conf, "cluster", option), ""]
+    lines += _key_lines(conf / "cluster" / "local.yaml", "cluster.")
+    if option != "local":
+        lines += ["", *_key_lines(conf / "cluster" / f"{option}.yaml", "cluster.")]
+    return "\n".join([*lines, "", "all other groups and keys: kuroshio run --help"]) + "\n"
 
 
 def verb_files(verb: str, conf: Path = CONF) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.__main__ import VERBS, WITH_KEYS
+from launch.__main__ import ON_MACHINES, VERBS, WITH_KEYS, help_text
+from launch.completion import find_flags
 
 ROOT = Path(__file__).resolve().parents[2]
+CLI = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
 def kuroshio(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +79,23 @@ def test_verb_help_follows_the_chosen_options() -> None:
     assert ["engine.offload_params", "cpu"] in lines
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_documentation_of_a_verb(verb: str) -> None:
+    text = help_text(verb)
+    assert text.startswith(f"usage: kuroshio {verb} ")
+    assert ("cluster.account" in text) == (verb in (*ON_MACHINES, "run", "prepare"))
+    flags = set(find_flags(verb, help_text)) - {"--help"}
+    section = re.search(rf"^### {verb}$(.*?)(?=^##)", CLI, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/cli.md has no section ### {verb}"
+    documented = set(re.findall(r"^\| `(--[a-z][a-z-]*)", section[1], re.MULTILINE))
+    assert documented == flags
+
+
+def test_help_of_machines_follows_the_chosen_cluster() -> None:
+    text = help_text("submit", ["cluster=taiwania2", "--help"])
+    assert "* taiwania2 " in text and "* local " not in text and "V100-SXM2-32GB" in text
+
+
 def test_unknown_verb_names_the_nearest() -> None:
     done = kuroshio("rnu")
     assert done.returncode == 78
@@ -102,7 +122,7 @@ def test_overrides_beside_a_whole_config_are_refused() -> None:
 
 def test_completion_of_verbs() -> None:
     assert complete("kuroshio ") == list(VERBS)
-    assert complete("kuroshio re") == ["report"]
+    assert complete("kuroshio re") == ["resume", "report"]
 
 
 def test_completion_of_options_groups_and_keys() -> None:
@@ -112,6 +132,14 @@ def test_completion_of_options_groups_and_keys() -> None:
     assert complete("kuroshio run engine=zero3 loop.max_") == ["loop.max_steps="]
     assert complete("kuroshio prepare data.max_l") == ["data.max_length="]
     assert complete("kuroshio chat FOLDER top") == ["top_k=", "top_p="]
+    assert complete("kuroshio submit cluster=taiw") == ["cluster=taiwania2"]
+    assert "pipeline=demo" in complete("kuroshio run pipeline=")
+
+
+def test_completion_of_flags_and_of_folders() -> None:
+    assert complete("kuroshio run --d") == ["--dry-run"]
+    assert complete("kuroshio logs runs/x --") == ["--help", "--rank", "--lines", "--follow"]
+    assert complete("kuroshio watch ru") == []  # the shell completes the folder
 
 
 def test_completion_code_can_be_installed_in_bash() -> None:

@@ -66,7 +66,8 @@ def test_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "12.3k tok/s", "8.00 of 9.50 GPU-h", "TWD 80.0", "TWD 240.0",
         "step 100", "0:04:0", "0:09:1", "to go", "to the time limit",
         "sft: its job's time ends before the run does",
-        "requeued", "time limit. Life 2", "1: node lost", "reward nan", "finished", "100%", "400 / 400",
+        "requeued", "time limit. Life 2", "1: node lost", "reward nan", "finished", "100%",
+        "400 / 400",
         f"wandb sync {runs}/sft/wandb/offline-run-1",
     ):  # fmt: skip
         assert part in text, f"{part!r} is not in {text}"
