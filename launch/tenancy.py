@@ -20,6 +20,7 @@ from trainer.lease import (
     Lease,
     create_file,
     lease_path,
+    newest_token,
     read_holder,
 )
 from trainer.lives import append_line, newest_step, slurm_life, utc_now
@@ -120,6 +121,8 @@ def record_end(
     life = slurm_life(environ)
     if not run_dir.is_dir() or (token is None and life["job"] is None):
         return False
+    if token is not None and newest_token(run_dir) > token:
+        return False  # the folder belongs to a newer life
     end = {"ended": utc_now(), "token": token, **life, "host": socket.gethostname()}
     end |= {"rank": rank, "exit_code": exit_code, "reason": reason, "cause": cause}
     end["step"] = newest_step(run_dir)
@@ -165,8 +168,7 @@ def recorded_stay(run_dir: Path, rank: int) -> Iterator[Stay]:
         yield stay
     except BaseException as error:
         own = not isinstance(error, (LostRankError, StopRequestedError, SystemExit))
-        fenced = isinstance(error, LeaseError) and stay.lease is not None
-        if (own or rank == 0) and not fenced:
+        if own or rank == 0:
             stay.end(*describe_error(error))
         raise
     if rank == 0:

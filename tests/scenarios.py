@@ -157,10 +157,10 @@ def kill_in_save(step: int) -> None:
     """Make the save of ``step`` end with SIGKILL after all files are written, before the rename."""
     commit = checkpoint._commit
 
-    def commit_or_die(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    def commit_or_die(aside: Path, final: Path, manifest: dict[str, Any], *more: Any) -> None:
         if manifest["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        commit(aside, final, manifest)
+        commit(aside, final, manifest, *more)
 
     checkpoint._commit = commit_or_die
 

@@ -19,6 +19,7 @@ LAYERS: list[list[str]] = [
         "trainer.plan",
         "trainer.errors",
         "trainer.config",
+        "trainer.deadline",
         "trainer.lease",
         "trainer.lives",
         "tokenizer",

@@ -12,16 +12,16 @@ import torch
 
 from trainer.config import LoopConfig
 from trainer.data.batches.collate import Batch
+from trainer.deadline import Deadline
 from trainer.engine import checkpoint
-from trainer.engine.collectives import any_over_ranks, sum_over_ranks, sum_tensor
-from trainer.engine.committed import find_newest
+from trainer.engine.collectives import sum_over_ranks, sum_tensor
+from trainer.engine.committed import Checkpoint, find_newest
 from trainer.engine.engine import Engine
-from trainer.errors import StopRequestedError
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters
 from trainer.metrics.sinks import Sinks
 from trainer.numerics import FiniteGuard
-from trainer.signals import StopRequest
+from trainer.signals import STOP_FILE, StopRequest
 from trainer.stage import Context, Stage
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class TrainStage(Stage):
 def fit(stage: TrainStage, context: Context) -> None:
     """Resume, step until ``max_steps`` or a stop that all ranks agree on, log, evaluate, save."""
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
-    with StopRequest().listening() as stop:
+    with stop_request(context).listening() as stop:
         last = find_newest(folder)
         step = last.step if last else 0
         evaluated = bool(last and step and last.state["evaluated"])
@@ -99,35 +99,51 @@ def fit(stage: TrainStage, context: Context) -> None:
         with closing(stage.setup(context, step)) as sinks:
             batches = stage.batches(last.state if last else None)
             if last:
-                with stage.meters.pause():
-                    checkpoint.load(stage.policy, last)
-                stage.guard.num_overflows = last.state["num_overflows"]
-                sinks.event(step, "resume", checkpoint=last.path.name)
+                resume(stage, last, stop, sinks)
             is_saved = bool(last) and evaluated
             evaluated = evaluated or evaluate_if_due(stage, sinks, step, stop, loop)
-            while step < loop.max_steps and not any_over_ranks(stop.requested):
-                num_tokens = stage.train_step(step, batches)
-                step += 1
-                stage.meters.step(num_tokens)
-                if is_due(step, loop.log_every, loop):
-                    log(stage, sinks, step)
+            while step < loop.max_steps and not stop.agreed("step"):
+                with stop.deadline.timed("step"):
+                    stage.meters.step(stage.train_step(step, batches))
+                    step += 1
+                    if is_due(step, loop.log_every, loop):
+                        log(stage, sinks, step)
                 evaluated = evaluate_if_due(stage, sinks, step, stop, loop)
                 is_saved = is_due(step, loop.save_every, loop)
                 if is_saved:
-                    save(stage, context, sinks, step, evaluated)
+                    save(stage, context, sinks, step, evaluated, stop.deadline)
             if not is_saved:
-                save(stage, context, sinks, step, evaluated)
+                save(stage, context, sinks, step, evaluated, stop.deadline)
             if step < loop.max_steps or not evaluated:
-                raise StopRequestedError(step, stop.signal_name)
+                raise stop.honoured(step)
+
+
+def stop_request(context: Context) -> StopRequest:
+    """Return what may end this rank early; the stop file and the time limit are rank 0's to see."""
+    if context.rank != 0:
+        return StopRequest()
+    return StopRequest(context.run_dir / STOP_FILE, Deadline(context.time_limit))
+
+
+def resume(stage: TrainStage, last: Checkpoint, stop: StopRequest, sinks: Sinks) -> None:
+    """Load a checkpoint into the stage that has been set up."""
+    with stage.meters.pause():
+        checkpoint.load(stage.policy, last)
+    stage.guard.num_overflows = last.state["num_overflows"]
+    stop.deadline.expect(last.state.get("seconds", {}))
+    sinks.event(last.step, "resume", checkpoint=last.path.name)
 
 
 def evaluate_if_due(
     stage: TrainStage, sinks: Sinks, step: int, stop: StopRequest, loop: LoopConfig
 ) -> bool:
     """Return whether nothing is left to evaluate at ``step``; it is redone after a stop."""
-    if step and not is_due(step, loop.eval_every, loop):
+    if not loop.eval_chars or (step and not is_due(step, loop.eval_every, loop)):
         return True
-    return stage.evaluate(sinks, step, stop)
+    if stop.agreed("evaluation"):
+        return False
+    with stop.deadline.timed("evaluation"):
+        return stage.evaluate(sinks, step, stop)
 
 
 def is_due(step: int, every: int, loop: LoopConfig) -> bool:
@@ -147,13 +163,21 @@ def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
     sinks.train(step, metrics | stage.meters.read(step))
 
 
-def save(stage: TrainStage, context: Context, sinks: Sinks, step: int, evaluated: bool) -> None:
+def save(
+    stage: TrainStage,
+    context: Context,
+    sinks: Sinks,
+    step: int,
+    evaluated: bool,
+    deadline: Deadline,
+) -> None:
     """Commit a checkpoint of finite weights, then delete old ones."""
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
     stage.guard.check()
     state = {**stage.state(), "evaluated": evaluated, "num_overflows": stage.guard.num_overflows}
-    with stage.meters.pause():
-        path = checkpoint.save(stage.policy, folder, step, state)
+    state["seconds"] = deadline.measured()
+    with stage.meters.pause(), deadline.timed("save"):
+        path = checkpoint.save(stage.policy, folder, step, state, context.lease)
         if context.rank == 0:
             checkpoint.rotate(folder, step, keep_last=loop.keep_last, keep_every=loop.keep_every)
     sinks.event(step, "save", checkpoint=path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +130,12 @@ class StoreStage(TrainStage):
         self.meters = self._make_meters(model_config)
         self._tokens = 0
         plain = dataclasses.asdict(config)
-        sinks = Sinks(
-            context.run_dir, config.log, config.name, plain, context.rank == 0, sinks_step
-        )
+        is_main = context.rank == 0
+        where = (context.run_dir, config.log, config.name)
+        sinks = Sinks(*where, plain, is_main, sinks_step, context.lease)
+        if context.time_limit is not None:
+            left = round(context.time_limit - time.time())
+            sinks.event(sinks_step, "time_limit", at=context.time_limit, seconds_left=left)
         environment = describe_environment(self.policy.device)
         environment |= {"num_ranks": context.world_size, "zero_stage": config.engine.zero_stage}
         environment |= {"precision": self.policy.precision, "peak": self.peak.source}

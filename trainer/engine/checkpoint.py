@@ -24,7 +24,8 @@ from trainer.engine import collectives
 from trainer.engine.committed import FORMAT, Checkpoint, Reader, hash_file, list_steps
 from trainer.engine.fragments import get_adam_step, set_adam_step
 from trainer.engine.precision import load_scaler_state, scaler_state
-from trainer.errors import CheckpointError, StorageError
+from trainer.errors import CheckpointError, LeaseError, StorageError
+from trainer.lease import Lease
 
 if TYPE_CHECKING:  # exporting reads checkpoints without DeepSpeed
     from trainer.engine.engine import Engine
@@ -32,30 +33,36 @@ if TYPE_CHECKING:  # exporting reads checkpoints without DeepSpeed
 LOG = logging.getLogger(__name__)
 
 
-def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path:
+def save(
+    engine: Engine, folder: Path, step: int, state: dict[str, Any], lease: Lease | None = None
+) -> Path:
     """Write a checkpoint on every rank and commit it.
 
     Args:
         engine: the trained engine.
         folder: the run's ``checkpoints`` folder.
         step: optimizer steps done.
-        state: what else resumes (JSON-able, equal on all ranks).
+        state: what else resumes (JSON-able; rank 0's is written).
+        lease: the right to write there; None where nobody else can.
 
     Returns:
         The committed folder.
 
     Raises:
         StorageError: disk full or quota reached; nothing committed before is touched.
+        LeaseError: a newer life owns the folder; nothing is touched.
     """
-    aside, final = folder / f".step_{step:08d}.tmp", folder / f"step_{step:08d}"
+    # A life's own name: ranks of an older one may be writing the same step.
+    life = f".life_{lease.token}" if lease else ""
+    aside, final = folder / f".step_{step:08d}{life}.tmp", folder / f"step_{step:08d}"
     scaler = scaler_state(engine.optimizer) if engine.precision == "fp16" else {}
     state = {"adam_step": get_adam_step(engine.optimizer), "scaler": scaler, **state}
-    _together(lambda: _start(aside, engine.rank == 0), folder, aside)
+    _together(lambda: _start(aside, engine.rank == 0, lease), folder, aside)
     _together(lambda: _write_rank(engine, aside), folder, aside)
 
     def commit() -> None:
         if engine.rank == 0:
-            _commit(aside, final, _describe(engine, aside, step, state))
+            _commit(aside, final, _describe(engine, aside, step, state), lease)
 
     _together(commit, folder, aside)
     return final
@@ -63,14 +70,16 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path
 
 def _together(work: Any, folder: Path, aside: Path) -> None:
     """Run ``work`` on this rank; if it failed on any, clean up and raise on all."""
-    failure = None
+    failure: Exception | None = None
     try:
         work()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, LeaseError) as error:
         failure = error
     if not collectives.any_over_ranks(failure is not None):
         return
     shutil.rmtree(aside, ignore_errors=True)
+    if isinstance(failure, LeaseError):
+        raise failure
     raise StorageError(_storage_message(folder, failure)) from failure
 
 
@@ -91,7 +100,9 @@ def _storage_message(folder: Path, failure: Exception | None) -> str:
     )
 
 
-def _start(aside: Path, is_main: bool) -> None:
+def _start(aside: Path, is_main: bool, lease: Lease | None) -> None:
+    if lease:
+        lease.check()
     if is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -133,13 +144,15 @@ def _describe(engine: Engine, aside: Path, step: int, state: dict[str, Any]) -> 
     }
 
 
-def _commit(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+def _commit(aside: Path, final: Path, manifest: dict[str, Any], lease: Lease | None) -> None:
     """Make the checkpoint count: manifest last, then one rename."""
     write_json(aside / "manifest.json", manifest)
     for side_file in aside.glob("rank_*.json"):
         side_file.unlink()
     _fsync(aside)
     old = final.with_name(f".{final.name}.old")
+    if lease:
+        lease.check()
     if final.exists():  # the same step saved again: there is one of the two at every moment
         final.rename(old)
     aside.rename(final)

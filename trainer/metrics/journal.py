@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import StorageError
+from trainer.lease import Lease
 
 JOURNAL_NAME = "metrics.jsonl"
 
@@ -91,13 +92,17 @@ def _replace(path: Path, data: bytes) -> None:
 class Journal:
     """Append records to ``metrics.jsonl``; a line is whole or absent."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lease: Lease | None = None) -> None:
         """Open for appending.
+
+        Args:
+            path: of the journal.
+            lease: the right to append; None where nobody else can.
 
         Raises:
             StorageError: when the file cannot be opened.
         """
-        self.path = path
+        self.path, self._lease = path, lease
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -108,7 +113,10 @@ class Journal:
 
         Raises:
             StorageError: disk full, quota reached or the like; the file then ends before the line.
+            LeaseError: a newer life writes the journal.
         """
+        if self._lease:
+            self._lease.check()
         line = encode_line(record)
         start = self._file.seek(0, os.SEEK_END)
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from trainer.config import LogConfig
+from trainer.lease import Lease
 from trainer.metrics.console import RunConsole, show_field
 from trainer.metrics.journal import JOURNAL_NAME, Journal, rewind
 from trainer.metrics.redaction import redact
@@ -143,6 +144,7 @@ class Sinks:
         config: Mapping[str, Any],
         is_main: bool,
         resume_step: int = 0,
+        lease: Lease | None = None,
     ) -> None:
         """Open the sinks; on a resume, cut the journal back to ``resume_step``.
 
@@ -153,16 +155,20 @@ class Sinks:
             config: the whole configuration as plain data, with ``loop.max_steps``.
             is_main: whether this rank writes (rank 0).
             resume_step: last step of the loaded checkpoint; 0 = from the start.
+            lease: the right to write into the folder; None where nobody else can.
 
         Raises:
             StorageError: when ``metrics.jsonl`` cannot be written.
+            LeaseError: a newer life owns the folder.
         """
         self.is_main = is_main
         if not is_main:
             return
         path = run_dir / JOURNAL_NAME
+        if lease:
+            lease.check()
         num_dropped, last_step = rewind(path, resume_step)
-        self._journal = Journal(path)
+        self._journal = Journal(path, lease)
         self._console = RunConsole(run_name, config["loop"]["max_steps"], resume_step)
         self._optional: dict[str, OptionalSink] = {}
         if log.wandb != "off":
