@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
 
-from launch.plan_inputs import read_engine, read_machine, read_work
-from launch.plan_page import show_plan
+from launch.plan_inputs import divides, read_engine, read_machine, read_work
+from launch.plan_page import show_plan, show_remarks, show_search
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.plan.run_plan import plan_run
-from trainer.plan.work import RunPlan
+from trainer.plan.search import Search, changes_of, search
+from trainer.plan.work import RunPlan, Work
+
+NO_GPU = "is one process without a GPU: there is nothing to plan"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,11 +28,13 @@ def main(arguments: Sequence[str]) -> int:
     from launch.compose import compose_config
 
     config = compose_config(options.overrides)
+    console = Console(width=112, highlight=False, markup=False)
     plan = plan_config(config, options.efficiency)
-    console = Console(width=100, highlight=False, markup=False)
     if plan is None:
-        console.print(f"stage={config.stage['name']} is one process without a GPU: nothing to plan")
+        console.print(f"stage={config.stage['name']} {NO_GPU}")
         return 0
+    if options.fit:
+        return _fit(config, plan, options, console)
     if options.json:
         print(json.dumps(plan.as_dict(), ensure_ascii=False, indent=1))
     else:
@@ -36,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def plan_config(config: RunConfig, efficiency: float | None = None) -> RunPlan | None:
-    """Plan a run.
+    """Plan a run; where it does not fit, say what would.
 
     Args:
         config: of the run.
@@ -58,7 +65,57 @@ def plan_config(config: RunConfig, efficiency: float | None = None) -> RunPlan |
             "loop.max_steps=0: the number of steps comes with the prepared data; "
             "loop.max_steps=N plans N steps"
         )
-    return dataclasses.replace(plan, remarks=(*remarks, *plan.remarks))
+    if work.rollout is not None:
+        remarks.append("prompts and responses are planned at their longest: an upper bound")
+    problems = plan.problems
+    if problems:
+        problems = (*problems, *_what_fits(config, work, plan, efficiency))
+    return dataclasses.replace(plan, problems=problems, remarks=(*remarks, *plan.remarks))
+
+
+def search_config(config: RunConfig, work: Work, efficiency: float | None) -> Search:
+    """Return the ways to run a config that fit its machine."""
+    return search(
+        work,
+        read_engine(config)[0],
+        read_machine(config),
+        partial(divides, config),
+        efficiency,
+        with_nvme=config.engine.nvme_path is not None,
+    )
+
+
+def _what_fits(config: RunConfig, work: Work, plan: RunPlan, efficiency: float | None) -> list[str]:
+    """Return the cheapest way that fits, if it is the machine's memory that is too small."""
+    if all("checkpoints" in problem for problem in plan.problems):
+        return []
+    fitting = search_config(config, work, efficiency).fitting
+    if not fitting:
+        return ["nothing fits this machine: `kuroshio plan --fit` says why"]
+    words = " ".join(f"{key}={value}" for key, value in changes_of(fitting[0]).items())
+    return [f"the cheapest way that fits: {words}; `kuroshio plan --fit` lists others"]
+
+
+def _fit(config: RunConfig, plan: RunPlan, options: argparse.Namespace, console: Console) -> int:
+    """Show the ways to run a config that fit."""
+    work = read_work(config)
+    assert work is not None  # it has a plan
+    found = search_config(config, work, options.efficiency)
+    quota = [problem for problem in plan.problems if "quota_gb" in problem]
+    if options.json:
+        plans = [each.as_dict() | {"problems": quota} for each in found.fitting]
+        print(json.dumps(plans, ensure_ascii=False, indent=1))
+        return ConfigError.exit_code if quota or not found.fitting else 0
+    show_search(found, console, options.rows)
+    if found.fitting:
+        decided = changes_of(found.fitting[0])
+        kept = [w for w in options.overrides if w.partition("=")[0].lstrip("+") not in decided]
+        words = [*kept, *(f"{key}={value}" for key, value in decided.items())]
+        console.print(f"\nthe first row:\n  kuroshio submit {shlex.join(words)}", soft_wrap=True)
+    show_remarks([*plan.remarks, *(found.fitting[0].remarks if found.fitting else ())], console)
+    for problem in quota:
+        console.print(f"does not fit: {problem}", soft_wrap=True)
+    return ConfigError.exit_code if quota or not found.fitting else 0
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -68,6 +125,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="GROUP=OPTION | KEY=VALUE")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="search ZeRO stage, offload, recomputation, micro-batch and nodes; cheapest first",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=12, metavar="N", help="of the tables of --fit, at most"
+    )
     parser.add_argument(
         "--efficiency",
         type=float,

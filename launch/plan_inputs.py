@@ -63,6 +63,7 @@ def read_machine(config: RunConfig) -> Machine:
         gpu=gpu,
         gpu_memory_gb=memory,
         memory_gb_per_gpu=site.memory_gb_per_gpu,
+        cpus_per_gpu=site.cpus_per_gpu,
         whole_node_gpus=site.gpus_per_node,
         intra_gb_per_s=site.intra_node_gb_per_s,
         inter_gb_per_s=site.inter_node_gb_per_s,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer.plan.memory import EnginePlan
 from trainer.plan.occupancy import host_peak
+from trainer.plan.search import Search
 from trainer.plan.work import GB, RunPlan
 
 Row = tuple[str, str]
+# Of the table of --fit: nodes x GPUs, rows at once, largest GB on a GPU and a node, ...
+COLUMNS = (
+    "GPUs",
+    "engine",
+    "rows",
+    "GPU GB",
+    "node GB",
+    "step s",
+    "hours",
+    "jobs",
+    "GPU-h",
+    "price",
+)
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
@@ -21,6 +36,63 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     for name, value in describe(plan):
         table.add_row(name, value)
     console.print(table)
+
+
+def show_search(found: Search, console: Console, max_rows: int) -> None:
+    """Print what fits, the cheapest first, and why the rest does not."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
+    for plan in found.fitting[:max_rows]:
+        table.add_row(*_search_cells(plan))
+    shown = min(max_rows, len(found.fitting))
+    console.print(
+        f"{len(found.fitting)} ways fit, of {found.num_tried} tried; {shown} cheapest:"
+        if found.fitting
+        else f"nothing fits, of {found.num_tried} tried"
+    )
+    if found.fitting:
+        console.print(table)
+    if found.refused:
+        console.print(f"\nnever fit ({len(found.refused)} kinds), by what comes nearest:")
+    for refusal in found.refused[:max_rows]:
+        engine = show_engine(refusal.engine)
+        console.print(f"  {engine}, {refusal.nodes} nodes: {refusal.reason}")
+
+
+def show_engine(engine: EnginePlan | RunPlan) -> str:
+    """Return ZeRO stage, offload and recomputation in a few words."""
+    words = f"ZeRO-{engine.zero_stage}"
+    if engine.offload_params != "none":
+        words += f" all on {engine.offload_params}"
+    elif engine.offload_optimizer != "none":
+        words += f" optimizer on {engine.offload_optimizer}"
+    return words + (", again" if engine.activation_checkpointing else "")
+
+
+def _search_cells(plan: RunPlan) -> list[str]:
+    def show(value: float | None, form: str) -> str:
+        return "?" if value is None else format(value, form)
+
+    cost = plan.costs[0] if plan.costs else None
+    return [
+        f"{plan.nodes} x {plan.gpus_per_node}",
+        show_engine(plan),
+        str(plan.micro_batch_size),
+        f"{plan.peak_bytes / GB:.1f}",
+        f"{host_peak(plan.host) / GB:.0f}",
+        show(plan.step_seconds, ".2f"),
+        show(plan.hours, ",.1f"),
+        show(plan.num_jobs, "d"),
+        show(plan.gpu_hours, ",.0f"),
+        "?" if cost is None else f"{cost.currency} {cost.amount:,.0f}",
+    ]
+
+
+def show_remarks(remarks: Iterable[str], console: Console) -> None:
+    """Print what is assumed or unknown."""
+    for remark in dict.fromkeys(remarks):
+        console.print(f"assumed: {remark}", soft_wrap=True)
 
 
 def describe(plan: RunPlan) -> list[Row]:
@@ -121,9 +193,7 @@ def _cost(plan: RunPlan) -> Iterator[Row]:
         return
     yield "GPU-hours", f"{plan.gpu_hours:,.1f}"
     for cost in plan.costs:
-        yield (
-            "price",
-            f"{cost.currency} {cost.amount:,.0f} ({cost.who}; {cost.source}, {cost.date})",
-        )
+        source = ", ".join(filter(None, (cost.who, cost.source, cost.date)))
+        yield "price", f"{cost.currency} {cost.amount:,.0f} ({source})"
     if not plan.costs:
         yield "price", "unknown: the profile has no price list (cluster.site.prices)"

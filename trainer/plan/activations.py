@@ -122,7 +122,7 @@ def tile_bytes(shape: ModelShape, micro: Micro) -> float:
     if micro.on_gpu:  # the products in fp32, the probabilities in the weights' format
         return float((4 + micro.element_bytes) * logits)
     # A CPU multiplies in the weights' format and widens tiles: one while the next is made.
-    return micro.element_bytes * logits + 2.0 * min(CPU_TILE_BYTES, 4 * logits)
+    return float(micro.element_bytes * logits + min(2 * CPU_TILE_BYTES, 4 * logits))
 
 
 def _chunk_tokens(shape: ModelShape, micro: Micro) -> int:

@@ -110,15 +110,13 @@ def _problems(plan: RunPlan, work: Work, machine: Machine) -> list[str]:
     if plan.gpu_bytes is not None and plan.peak_bytes > plan.gpu_bytes:
         problems.append(
             f"needs {plan.peak_bytes / GB:.1f} GB on each {plan.gpu or 'GPU'} of "
-            f"{plan.gpu_bytes / GB:g} GB; the largest parts are {_largest(plan.memory)}; "
-            "`kuroshio plan --fit` lists what fits"
+            f"{plan.gpu_bytes / GB:g} GB; the largest parts are {_largest(plan.memory)}"
         )
     host = host_peak(plan.host)
     if plan.host_bytes is not None and host > plan.host_bytes:
         problems.append(
             f"needs {host / GB:.0f} GB of a node's memory, a job with {plan.gpus_per_node} GPUs "
-            f"gets {plan.host_bytes / GB:.0f} GB ({_largest(plan.host)}); use more nodes, or less "
-            "offload (ZeRO-3 loads models in parts)"
+            f"gets {plan.host_bytes / GB:.0f} GB; the largest parts are {_largest(plan.host)}"
         )
     if plan.quota_bytes is not None and plan.disk_bytes > plan.quota_bytes:
         problems.append(_quota_problem(plan, work))

@@ -34,6 +34,10 @@ EFFICIENCIES = (
     Efficiency(("H100",), 0.40, "llm-foundry MPT 7B to 70B, FSDP: scripts/train/benchmarking"),
     Efficiency(("H200",), 0.40, "taken as H100's, which has the same arithmetic units"),
 )
+# Adam on the host reads an fp32 weight, gradient and two moments and writes weight, moments and the
+# weight in half precision. A core's rate is measured by benchmarks/planning.py.
+ADAM_BYTES = 30
+ADAM_BYTES_PER_S_PER_CORE = 4e9
 # Data sheets: bytes/s of the device's memory. More specific names first.
 MEMORY_BYTES_PER_S = (
     (("V100",), 0.9e12),

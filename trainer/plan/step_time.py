@@ -10,6 +10,8 @@ from trainer.plan.activations import cache_bytes
 from trainer.plan.flops import device_peak
 from trainer.plan.memory import EnginePlan
 from trainer.plan.speed import (
+    ADAM_BYTES,
+    ADAM_BYTES_PER_S_PER_CORE,
     UNPACKING_FACTOR,
     compute_seconds,
     decoding_seconds,
@@ -57,6 +59,7 @@ def step_time(
     parts["network"] = _network_seconds(traffic.network, machine, remarks)
     if traffic.host:
         parts["offload"] = _offload_seconds(traffic.host, machine, remarks)
+        parts["host's Adam"] = _adam_seconds(work, engine, machine, remarks)
     if work.rollout is not None:
         parts["rollout"] = _rollout_seconds(work.rollout, engine, machine)
     total = None if computing is None else sum(part or 0.0 for part in parts.values())
@@ -98,8 +101,23 @@ def _network_seconds(volume: float, machine: Machine, remarks: list[str]) -> flo
 
 def _offload_seconds(volume: float, machine: Machine, remarks: list[str]) -> float | None:
     rate = host_bytes_per_s(machine.gpu) if machine.gpu else None
-    remarks.append("Adam on the host's cores is not in the time; it depends on their memory")
+    if rate is None:
+        remarks.append("the rate between GPU and host is unknown: offload is not in the time")
     return None if rate is None else volume / rate
+
+
+def _adam_seconds(
+    work: Work, engine: EnginePlan, machine: Machine, remarks: list[str]
+) -> float | None:
+    """Return how long the host's cores update their share of the weights, in a step."""
+    if engine.offload_optimizer == "none":
+        return 0.0
+    if machine.cpus_per_gpu is None:
+        remarks.append("cores a GPU are unknown: Adam on the host is not in the time")
+        return None
+    share = sum(model.counts.trained for model in work.models) / machine.num_gpus
+    rate = machine.cpus_per_gpu * ADAM_BYTES_PER_S_PER_CORE
+    return work.optimizer_steps * share * ADAM_BYTES / rate
 
 
 def _rollout_seconds(rollout: Rollout, engine: EnginePlan, machine: Machine) -> float | None:

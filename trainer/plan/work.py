@@ -40,6 +40,7 @@ class Machine:
     gpu: str | None = None
     gpu_memory_gb: float | None = None
     memory_gb_per_gpu: float | None = None
+    cpus_per_gpu: int | None = None
     whole_node_gpus: int | None = None
     intra_gb_per_s: float | None = None
     inter_gb_per_s: float | None = None
