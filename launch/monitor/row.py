@@ -8,12 +8,12 @@ from pathlib import Path
 
 from launch.monitor.queue import Job
 from launch.monitor.state import State, judge, newest_job
+from trainer.metrics.account import planned_gpu_hours, wandb_lines
 from trainer.metrics.run_facts import Cost, RunFacts, figure
 from trainer.stages import SINGLE_PROCESS
 
 # What tells best how a stage does, where its records have it.
 FIGURES = ("loss", "accuracy", "reward", "kl")
-WANDB_RUNS = "wandb/offline-run-*"
 
 
 @dataclass(frozen=True)
@@ -114,23 +114,6 @@ def read_figures(facts: RunFacts) -> dict[str, float]:
         for key, value in values.items()
         if key in facts.train
     }
-
-
-def planned_gpu_hours(facts: RunFacts) -> float | None:
-    """Return the GPU-hours that the plan made at submission foresaw."""
-    plan = facts.submission.get("plan")
-    return figure(plan, "gpu_hours") if isinstance(plan, dict) else None
-
-
-def wandb_lines(run_dir: Path) -> list[str]:
-    """Return the commands that send what wandb recorded offline."""
-    return [f"wandb sync {path}" for path in sorted(run_dir.glob(WANDB_RUNS)) if not _is_sent(path)]
-
-
-def _is_sent(folder: Path) -> bool:
-    """Return whether ``wandb sync`` left its mark beside every record."""
-    records = list(folder.glob("*.wandb"))
-    return bool(records) and all(record.with_suffix(".wandb.synced").exists() for record in records)
 
 
 def _job_number(facts: RunFacts, job: Job | None, state: State) -> str | None:

@@ -12,10 +12,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.errors import StorageError
+from trainer.metrics.account import LIFE_COLUMNS, summarise_jobs, tabulate_lives, wandb_lines
 from trainer.metrics.console import show_count, show_duration
 from trainer.metrics.formats import show_number, show_setting, show_share, show_text, show_time
 from trainer.metrics.history import RECORD_KEYS, Record, Run, load_run
+from trainer.metrics.life import build_life, read_time
 from trainer.metrics.run_charts import draw_charts, source_names
+from trainer.metrics.run_facts import read_run
 
 TEMPLATE = "report.html.j2"
 
@@ -71,6 +74,7 @@ def render_report(run: Run) -> str:
     environment.filters.update(number=show_number, when=show_time, fields=show_fields)
     environment.filters.update(share=show_share)
     recorded = held_out_figures(run)
+    facts = read_run(run.run_dir)
     return environment.get_template(TEMPLATE).render(
         run=run,
         name=run.config.get("name") or run.run_dir.name,
@@ -88,7 +92,11 @@ def render_report(run: Run) -> str:
         ],
         eval_columns=recorded,
         mixture=tabulate(run.event("mixture")),
-        lives=[dict(flatten(life)) for life in run.lives],
+        jobs=summarise_jobs(facts, read_time(run.event("time_limit").get("at"))),
+        life_columns=LIFE_COLUMNS,
+        lives=tabulate_lives(run.lives, [build_life(life) for life in run.lives]),
+        problems=facts.problems,
+        wandb=wandb_lines(run.run_dir),
         environment=flatten(run.event("environment")),
         config=yaml.safe_dump(run.config, allow_unicode=True, sort_keys=False)
         if run.config

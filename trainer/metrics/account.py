@@ -1,0 +1,104 @@
+"""What a run took: its jobs, hours, money and lives, as tables for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.metrics.console import show_duration
+from trainer.metrics.formats import show_setting, show_time
+from trainer.metrics.life import Life
+from trainer.metrics.run_facts import RunFacts, figure
+
+WANDB_RUNS = "wandb/offline-run-*"
+LIFE_COLUMNS = (
+    "started",
+    "host",
+    "job",
+    "launcher",
+    "ranks",
+    "steps",
+    "lasted",
+    "ended",
+    "changes",
+)
+
+
+def summarise_jobs(facts: RunFacts, time_limit: float | None = None) -> list[tuple[str, str]]:
+    """Return jobs, time left, checkpoint, hours and cost as label and value, those that are known.
+
+    Args:
+        facts: what the run's files say.
+        time_limit: when its last job ends, in seconds since the epoch.
+    """
+    rows = [("Slurm jobs", ", ".join(facts.job_ids))] if facts.job_ids else []
+    if facts.submission.get("cluster"):
+        rows.append(("Cluster", str(facts.submission["cluster"])))
+    if facts.eta_s is not None:
+        rows.append(("Training left", show_duration(facts.eta_s)))
+        if time_limit is not None and time_limit > facts.now:
+            rows.append(("Time left to its job", show_duration(time_limit - facts.now)))
+    if facts.saved:
+        rows.append(("Last checkpoint", f"step {facts.saved.step}, {show_time(facts.saved.time)}"))
+    if not facts.lives:
+        return rows
+    # Whether it lives is not asked here: an end that is not recorded was at the last sign of life.
+    hours, is_whole = facts.rank_hours(is_alive=False)
+    more = "" if is_whole else "at least "
+    unit = "Hours of ranks" if facts.runs_on_cpu else "GPU-hours"
+    rows.append((unit, f"{more}{hours:,.2f}{_planned(facts)}"))
+    rows += [
+        (f"Cost, {c.who}", f"{more}{c.currency} {c.amount:,.2f} ({c.source}, {c.date})")
+        for c in facts.costs(hours)
+    ]
+    return rows
+
+
+def planned_gpu_hours(facts: RunFacts) -> float | None:
+    """Return the GPU-hours that the plan made at submission foresaw."""
+    plan = facts.submission.get("plan")
+    return figure(plan, "gpu_hours") if isinstance(plan, dict) else None
+
+
+def tabulate_lives(records: Sequence[Mapping[str, Any]], lives: Sequence[Life]) -> list[list[Any]]:
+    """Return a row of ``LIFE_COLUMNS`` for each life: its lines and what follows from them."""
+    return [_life_row(record, life) for record, life in zip(records, lives, strict=True)]
+
+
+def wandb_lines(run_dir: Path) -> list[str]:
+    """Return the commands that send what wandb recorded offline."""
+    return [f"wandb sync {path}" for path in sorted(run_dir.glob(WANDB_RUNS)) if not _is_sent(path)]
+
+
+def _is_sent(folder: Path) -> bool:
+    """Return whether ``wandb sync`` left its mark beside every record."""
+    records = list(folder.glob("*.wandb"))
+    return bool(records) and all(record.with_suffix(".wandb.synced").exists() for record in records)
+
+
+def _planned(facts: RunFacts) -> str:
+    planned = planned_gpu_hours(facts)
+    return "" if planned is None else f" of {planned:,.2f} planned"
+
+
+def _life_row(record: Mapping[str, Any], life: Life) -> list[Any]:
+    seconds = life.seconds(None)
+    steps = [str(step) for step in (record.get("first_step"), life.step) if step is not None]
+    changes = record.get("changes")
+    words = [
+        f"{key}: {' → '.join(map(show_setting, pair))}"
+        for key, pair in (changes.items() if isinstance(changes, Mapping) else ())
+        if isinstance(pair, list)
+    ]
+    return [
+        record.get("started"),
+        life.host or None,
+        life.job and life.job + (f" (restart {life.restart})" if life.restart else ""),
+        life.launcher or None,
+        life.world_size,
+        " → ".join(steps) or None,
+        None if seconds is None else show_duration(seconds),
+        life.why or None,
+        "; ".join(words) or None,
+    ]
