@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from launch.checks.rounds import Group, group_of, plan_rounds
 from launch.rendezvous import device_index
 from trainer.environment import name_device
 
-LINK_WAIT_S = 20.0  # a node that answers takes milliseconds; the first NCCL group some seconds
+LINK_WAIT_S = 15.0  # a node that answers takes milliseconds; the first NCCL group some seconds
 MEASURING_S = 60.0  # what the slowest link may take besides
 TOKEN_WAIT_S = 10.0  # network file systems keep the names of a folder for seconds
-MAX_FAILED_LINKS = 2  # a node with more is not measured any further
+MAX_FAILED_LINKS = 2  # a node with as many is not measured any further
 
 
 class Rank:
@@ -149,42 +150,56 @@ def compare_run_folders(here: Rank, meeting: Meeting) -> None:
 
 
 def measure_links(here: Rank, meeting: Meeting) -> None:
-    """Measure all rounds of groups; nodes that fail more than once take part no more."""
-    plan, dropped, failures = here.plan, set[str](), dict[str, int]()
+    """Measure all rounds of groups, over gloo, then over NCCL what gloo could reach.
+
+    Nodes that fail more than once take part no more, so that a bad one costs two timeouts.
+    """
+    plan, dropped, broken = here.plan, set[str](), set[Group]()
     backends = ["gloo", "nccl"] if here.device.type == "cuda" else ["gloo"]
-    for number, groups in enumerate(plan_rounds(plan.nodes, plan.ranks_per_node)):
+    rounds = plan_rounds(plan.nodes, plan.ranks_per_node)
+    for name, backend, groups in (
+        (f"{b}/{n}", b, g) for b in backends for n, g in enumerate(rounds)
+    ):
         dropped |= absent_nodes(plan, meeting.present)
-        group = without(group_of(plan.node, groups), dropped)
-        problem = ""
-        for backend in backends if group and not problem else ():
-            problem = measure(here, meeting, group, f"link/{number}/{backend}", backend)
-        wait_s = len(backends) * (LINK_WAIT_S + MEASURING_S)
-        said = meeting.agree(f"round/{number}", problem, wait_s)
-        for node in {plan.node_of(rank) for rank, word in said.items() if word}:
-            failures[node] = failures.get(node, 0) + 1
-        dropped |= {node for node, count in failures.items() if count >= MAX_FAILED_LINKS}
+        left = [without(group, dropped, broken) for group in groups]
+        groups = [group for group in left if group not in broken]
+        group = group_of(plan.node, groups)
+        problem = measure(here, meeting, group, name, backend) if group else ""
+        said = meeting.agree(f"round/{name}", problem, LINK_WAIT_S + MEASURING_S)
+        failed = {plan.node_of(rank) for rank, word in said.items() if word}
+        broken |= {group for group in groups if failed.intersection(group)}
+        counts = Counter(node for group in broken for node in group)
+        dropped |= {node for node, count in counts.items() if count >= MAX_FAILED_LINKS}
 
 
 def absent_nodes(plan: RankPlan, present: list[int]) -> set[str]:
     """Return the nodes that lack a rank."""
-    there = [plan.node_of(rank) for rank in present]
-    return {node for node in plan.nodes if there.count(node) < plan.ranks_per_node}
+    there = Counter(plan.node_of(rank) for rank in present)
+    return {node for node in plan.nodes if there[node] < plan.ranks_per_node}
 
 
-def without(group: Group | None, dropped: set[str]) -> Group:
-    """Return what is left of a group; nothing of a pair that lost its other half."""
-    left = tuple(node for node in group or () if node not in dropped)
-    return left if group is not None and len(left) >= min(2, len(group)) else ()
+def without(group: Group, dropped: set[str], broken: set[Group]) -> Group:
+    """Return what is left of a group; nothing of a pair that lost its other half.
+
+    Of a larger group, one node of every broken pair stays away as well.
+    """
+    away = dropped | {pair[-1] for pair in broken if len(pair) == 2 < len(group)}
+    left = tuple(node for node in group if node not in away)
+    return left if len(left) >= min(2, len(group)) else ()
 
 
 def measure(here: Rank, meeting: Meeting, group: Group, name: str, backend: str) -> str:
-    """Measure one group's all-reduce; return why it failed, or nothing."""
+    """Measure one group's all-reduce; return why it failed, or nothing.
+
+    Over gloo one rank of each node stands for it: that is enough to see the network, and a cut
+    costs one timeout instead of one for each pair of ranks.
+    """
     plan = here.plan
-    if plan.node not in group:
+    per_node = 1 if backend == "gloo" and len(group) > 1 else plan.ranks_per_node
+    if plan.local_rank >= per_node:
         return ""
-    store = dist.PrefixStore(f"{name}/{'+'.join(group)}", meeting.store)
-    place = group.index(plan.node) * plan.ranks_per_node + plan.local_rank
-    size = len(group) * plan.ranks_per_node
+    store = dist.PrefixStore(f"link/{name}/{'+'.join(group)}", meeting.store)
+    place, size = group.index(plan.node) * per_node + plan.local_rank, len(group) * per_node
     device = here.device if backend == "nccl" else torch.device("cpu")
     link: dict[str, Any] = {"nodes": group, "backend": backend}
     problem = ""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-# Rows of the square matrices: long enough to be bound by arithmetic, milliseconds each.
-GPU_SIZE, CPU_SIZE = 8192, 768
-GPU_COPY_BYTES, CPU_COPY_BYTES = 1 << 30, 1 << 26  # far above the caches of both
+# Rows of the square matrices: on a GPU long enough to be bound by arithmetic, on a core so short
+# that others on the same machine leave some repetitions alone.
+GPU_SIZE, CPU_SIZE = 8192, 256
+# Bytes of a buffer, far above the caches, and of the piece of it that one repetition copies.
+GPU_COPY, CPU_COPY = (1 << 30, 1 << 30), (1 << 27, 1 << 23)
 SECONDS = 1.0  # a GPU that throttles does so within it
-MIN_TRIALS = 5
+MIN_TRIALS = 20
 
 
 def matmul_tflops(device: torch.device) -> float:
@@ -29,10 +32,16 @@ def matmul_tflops(device: torch.device) -> float:
 
 def memory_gb_per_s(device: torch.device) -> float:
     """Return GB/s read and written by a copy within the device's memory."""
-    num_bytes = GPU_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / _typical_seconds(lambda: target.copy_(source), device) / 1e9
+    whole, piece = GPU_COPY if device.type == "cuda" else CPU_COPY
+    source = torch.ones(whole // piece, piece, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)  # not empty: first touches of pages are slow
+    pieces = itertools.cycle(range(len(source)))  # the next one is not in a cache any more
+
+    def copy() -> None:
+        number = next(pieces)
+        target[number].copy_(source[number])
+
+    return 2 * piece / _typical_seconds(copy, device) / 1e9
 
 
 def _typical_seconds(work: Callable[[], object], device: torch.device) -> float:

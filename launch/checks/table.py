@@ -27,8 +27,10 @@ def render(findings: Sequence[Finding]) -> RenderableType:
         table.add_row(Text(finding.level, STYLES[finding.level]), finding.topic, body)
     lines = [Text(""), Text(count(findings))]
     advices: dict[Level, str] = {"error": "do without", "warning": "slow, perhaps do without"}
+    named: set[str] = set()
     for level, advice in advices.items():
-        nodes = ",".join(nodes_of(findings, level))
+        nodes = ",".join(node for node in nodes_of(findings, level) if node not in named)
+        named.update(nodes_of(findings, level))
         if nodes:
             lines.append(Text(f"{advice}: sbatch --exclude={nodes}, or cluster.exclude={nodes}"))
     return Group(table, *lines)
