@@ -70,6 +70,8 @@ def dispatch(argv: Sequence[str]) -> int:
         return prepare(arguments)
     if verb in PIPELINES and any(word.startswith("pipeline=") for word in arguments):
         return importlib.import_module(PIPELINES[verb]).main(arguments)
+    if verb in PIPELINES and "--multirun" in arguments:
+        return importlib.import_module("launch.sweep").main(verb, arguments)
     if verb == "run" and arguments[:1] == ["--step"]:
         return importlib.import_module("launch.graph.work").main(arguments[1:])
     return importlib.import_module(VERBS[verb][0]).main(arguments) or 0

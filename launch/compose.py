@@ -77,6 +77,30 @@ def compose_verb(verb: str, overrides: Sequence[str], conf: Path = CONF) -> dict
             raise
 
 
+def expand_sweep(overrides: Sequence[str], conf: Path = CONF) -> tuple[list[str], list[list[str]]]:
+    """Return the words that all runs of a sweep share, and for each swept key its words.
+
+    ``KEY=A,B`` and Hydra's ``range`` and ``choice`` sweep.
+
+    Raises:
+        ConfigError: for words that are no overrides, and a sweep over files.
+    """
+    shared: list[str] = []
+    swept: list[list[str]] = []
+    for word in overrides:
+        override = _parse(word, conf, sweeping=True)
+        if not override.is_sweep_override():
+            shared.append(word)
+            continue
+        key = word.partition("=")[0]
+        try:
+            values = list(override.sweep_string_iterator())
+        except HydraException as error:
+            raise ConfigError(f"{word}: {error}; list the values as {key}=A,B") from error
+        swept.append([f"{key}={value}" for value in values])
+    return shared, swept
+
+
 def group_options(conf: Path = CONF) -> dict[str, list[str]]:
     """Return the options of every config group, read from the folders of ``conf``."""
     folders = sorted(p for p in conf.iterdir() if p.is_dir() and p.name not in NO_GROUPS)
@@ -135,7 +159,7 @@ def _pairs(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield key.lstrip("+~"), value
 
 
-def _parse(word: str, conf: Path) -> Override:
+def _parse(word: str, conf: Path, sweeping: bool = False) -> Override:
     key, equals, _ = word.partition("=")
     if not equals and not word.startswith("~"):
         groups = [group for group, options in group_options(conf).items() if word in options]
@@ -150,9 +174,10 @@ def _parse(word: str, conf: Path) -> Override:
         raise ConfigError(
             f"{key}: its value cannot be read ({reason}); put quotes around it: {key}='\"VALUE\"'"
         ) from error
-    if override.is_sweep_override():
+    if override.is_sweep_override() and not sweeping:
         raise ConfigError(
-            f"{key}: several values at once; start one run for each, or write a list as {key}=[A,B]"
+            f"{key}: several values at once; --multirun starts one run for each, a list is "
+            f"{key}=[A,B]"
         )
     return override
 
