@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
-from functools import partial
 
 from rich.console import Console
 
-from launch.plan_inputs import divides, read_engine, read_machine, read_work
+from launch import plan_pipeline
+from launch.compose import compose_config
+from launch.graph.definition import is_pipeline
+from launch.plan_inputs import read_work
 from launch.plan_page import show_plan, show_remarks, show_search
+from launch.planning import plan_config, search_config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
-from trainer.plan.run_plan import plan_run
-from trainer.plan.search import Search, changes_of, search
-from trainer.plan.work import RunPlan, Work
+from trainer.plan.search import changes_of
+from trainer.plan.work import RunPlan
 
 NO_GPU = "is one process without a GPU: there is nothing to plan"
 
@@ -25,10 +26,13 @@ NO_GPU = "is one process without a GPU: there is nothing to plan"
 def main(arguments: Sequence[str]) -> int:
     """Plan the run that overrides describe; return the exit code (78: it cannot be)."""
     options = _parse(arguments)
-    from launch.compose import compose_config
-
-    config = compose_config(options.overrides)
     console = Console(width=112, highlight=False, markup=False)
+    if is_pipeline(options.overrides):
+        if options.fit:
+            raise ConfigError("--fit searches for one run; name a step's own overrides with it")
+        words = options.overrides
+        return plan_pipeline.main(words, options.json, options.efficiency, console)
+    config = compose_config(options.overrides)
     plan = plan_config(config, options.efficiency)
     if plan is None:
         console.print(f"stage={config.stage['name']} {NO_GPU}")
@@ -40,60 +44,6 @@ def main(arguments: Sequence[str]) -> int:
     else:
         show_plan(plan, console)
     return ConfigError.exit_code if plan.problems else 0
-
-
-def plan_config(config: RunConfig, efficiency: float | None = None) -> RunPlan | None:
-    """Plan a run; where it does not fit, say what would.
-
-    Args:
-        config: of the run.
-        efficiency: share of their peak that the GPUs reach; None = what is published of them.
-
-    Returns:
-        The plan; None for a stage that uses no GPU.
-
-    Raises:
-        ConfigError: the model's sizes cannot be read.
-    """
-    work = read_work(config)
-    if work is None:
-        return None
-    engine, remarks = read_engine(config)
-    plan = plan_run(work, engine, read_machine(config), efficiency)
-    if work.num_steps is None:
-        remarks.append(
-            "loop.max_steps=0: the number of steps comes with the prepared data; "
-            "loop.max_steps=N plans N steps"
-        )
-    if work.rollout is not None:
-        remarks.append("prompts and responses are planned at their longest: an upper bound")
-    problems = plan.problems
-    if problems:
-        problems = (*problems, *_what_fits(config, work, plan, efficiency))
-    return dataclasses.replace(plan, problems=problems, remarks=(*remarks, *plan.remarks))
-
-
-def search_config(config: RunConfig, work: Work, efficiency: float | None) -> Search:
-    """Return the ways to run a config that fit its machine."""
-    return search(
-        work,
-        read_engine(config)[0],
-        read_machine(config),
-        partial(divides, config),
-        efficiency,
-        with_nvme=config.engine.nvme_path is not None,
-    )
-
-
-def _what_fits(config: RunConfig, work: Work, plan: RunPlan, efficiency: float | None) -> list[str]:
-    """Return the cheapest way that fits, if it is the machine's memory that is too small."""
-    if all("checkpoints" in problem for problem in plan.problems):
-        return []
-    fitting = search_config(config, work, efficiency).fitting
-    if not fitting:
-        return ["nothing fits this machine: `kuroshio plan --fit` says why"]
-    words = " ".join(f"{key}={value}" for key, value in changes_of(fitting[0]).items())
-    return [f"the cheapest way that fits: {words}; `kuroshio plan --fit` lists others"]
 
 
 def _fit(config: RunConfig, plan: RunPlan, options: argparse.Namespace, console: Console) -> int:

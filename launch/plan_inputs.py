@@ -107,11 +107,11 @@ def planned_architecture(config: RunConfig) -> dict[str, Any]:
             "model.architecture.vocab_size is not set and tokenizer.path is null: nothing says how "
             "many rows the vocabulary has; give +model.architecture.vocab_size=ROWS"
         )
-    rows = -(-_num_ids(Path(path)) // model.pad_vocab_to) * model.pad_vocab_to
+    rows = -(-num_ids(Path(path)) // model.pad_vocab_to) * model.pad_vocab_to
     return {**architecture, "vocab_size": rows}
 
 
-def _num_ids(path: Path) -> int:
+def num_ids(path: Path) -> int:
     """Return how many ids a tokenizer has, without loading it as one."""
     try:
         described = path / "tokenizer.json" if path.is_dir() else path

@@ -18,7 +18,7 @@ from launch.job_folder import (
     refuse_in_use,
     write_job,
 )
-from launch.plan import plan_config
+from launch.planning import plan_config
 from launch.slurm import SlurmJob, job_of, one_task
 from launch.snapshot import copy_code
 from trainer.config import ClusterConfig, RunConfig, load_config

@@ -59,7 +59,7 @@ def check_stages(pipeline: Pipeline, composed: Mapping[str, Values]) -> None:
         places = _stand_ins(pipeline, composed, Path(folder))
         for name, values in composed.items():
             with _naming(name, problems, {new: old for old, new in places.items()}):
-                build_run(_replaced(values, places))
+                build_run(replaced(values, places))
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -171,11 +171,12 @@ def _architecture(
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _replaced(value: Any, places: Mapping[str, str]) -> Any:
+def replaced(value: Any, places: Mapping[str, str]) -> Any:
+    """Return nested values with texts that name a folder of ``places`` naming the other one."""
     if isinstance(value, dict):
-        return {key: _replaced(item, places) for key, item in value.items()}
+        return {key: replaced(item, places) for key, item in value.items()}
     if isinstance(value, list):
-        return [_replaced(item, places) for item in value]
+        return [replaced(item, places) for item in value]
     return places.get(value, value) if isinstance(value, str) else value
 
 
