@@ -84,7 +84,7 @@ def build_row(facts: RunFacts, jobs: Mapping[str, Job] | None, name: str = "") -
         nodes=_places(facts, job, state),
         step=facts.step,
         max_steps=None if facts.stage in SINGLE_PROCESS else facts.max_steps,
-        eta_s=facts.eta_s,
+        eta_s=facts.time_left_s(state.is_alive),
         limit_s=max(0.0, job.ends - facts.now) if job and job.is_active and job.ends else None,
         starts_s=max(0.0, job.starts - facts.now)
         if job and job.is_pending and job.starts

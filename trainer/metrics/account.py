@@ -35,15 +35,15 @@ def summarise_jobs(facts: RunFacts, time_limit: float | None = None) -> list[tup
     rows = [("Slurm jobs", ", ".join(facts.job_ids))] if facts.job_ids else []
     if facts.submission.get("cluster"):
         rows.append(("Cluster", str(facts.submission["cluster"])))
-    if facts.eta_s is not None:
-        rows.append(("Training left", show_duration(facts.eta_s)))
+    # Whether it lives is not asked here: an end that is not recorded was at the last sign of life.
+    if (left := facts.time_left_s(is_alive=False)) is not None:
+        rows.append(("Training left", show_duration(left)))
         if time_limit is not None and time_limit > facts.now:
             rows.append(("Time left to its job", show_duration(time_limit - facts.now)))
     if facts.saved:
         rows.append(("Last checkpoint", f"step {facts.saved.step}, {show_time(facts.saved.time)}"))
     if not facts.lives:
         return rows
-    # Whether it lives is not asked here: an end that is not recorded was at the last sign of life.
     hours, is_whole = facts.rank_hours(is_alive=False)
     more = "" if is_whole else "at least "
     unit = "Hours of ranks" if facts.runs_on_cpu else "GPU-hours"

@@ -103,18 +103,17 @@ class RunFacts:
         signs += [self.holder.heartbeat] if self.holder else []
         return max((sign for sign in signs if sign), default=None)
 
-    @property
-    def eta_s(self) -> float | None:
+    def time_left_s(self, is_alive: bool) -> float | None:
         """Return the seconds of training left, by the speed of the last steps.
 
-        Evaluations and saves come on top; what was trained since the last record is taken off.
+        Evaluations and saves come on top. A run that lives has gone on since its last record.
         """
-        left, written = figure(self.train, "eta_s"), self.train.get("time")
+        left, written = figure(self.train, "eta_s"), read_time(self.train.get("time"))
         if left is None or written is None or self.is_finished:
             return None
-        steps_ahead = self.step - int(self.train["step"]) if self.step else 0
+        steps_ahead = (self.step or 0) - int(self.train["step"])
         done = steps_ahead * (figure(self.train, "seconds") or 0.0)
-        return max(0.0, left - max(done, self.seconds_since(written)))
+        return max(0.0, left - max(done, self.seconds_since(written) if is_alive else 0.0))
 
     @property
     def job_ids(self) -> list[str]:

@@ -24,7 +24,7 @@ def test_a_running_run(tmp_path: Path) -> None:
     run = folder(tmp_path).life(3600).train(99, 10).train(100, 8).save(80, 48).hold(3)
     facts = read_run(run.path, NOW)
     assert (facts.name, facts.stage, facts.step, facts.max_steps) == ("tuned", "sft", 100, 400)
-    assert facts.eta_s == 600 - 8 and not facts.is_finished
+    assert facts.time_left_s(is_alive=True) == 600 - 8 and not facts.is_finished
     assert facts.saved and facts.saved.step == 80
     assert facts.seconds_since(facts.saved.time) == pytest.approx(48)
     assert facts.last_sign == pytest.approx(NOW - 3)
@@ -32,8 +32,10 @@ def test_a_running_run(tmp_path: Path) -> None:
     assert facts.problems == []
 
 
-def test_eta_of_a_silent_run_is_not_negative(tmp_path: Path) -> None:
-    assert read_run(folder(tmp_path).train(390, 3600).path, NOW).eta_s == 0
+def test_time_left_goes_on_while_the_run_lives(tmp_path: Path) -> None:
+    facts = read_run(folder(tmp_path).train(390, 3600).save(395).path, NOW)
+    assert facts.time_left_s(is_alive=True) == 0  # slower than it was, but never negative
+    assert facts.time_left_s(is_alive=False) == 20 - 5 * 2.0
 
 
 def test_finished_means_saved_and_evaluated_at_the_last_step(tmp_path: Path) -> None:
@@ -41,7 +43,7 @@ def test_finished_means_saved_and_evaluated_at_the_last_step(tmp_path: Path) -> 
     assert not read_run(run.path, NOW).is_finished
     other = RunFolder(tmp_path / "other", NOW).train(400, 10).save(400, 5)
     facts = read_run(other.path, NOW)
-    assert facts.is_finished and facts.eta_s is None
+    assert facts.is_finished and facts.time_left_s(is_alive=False) is None
 
 
 def test_a_stage_without_steps_is_finished_by_its_end(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_a_line_being_written_and_one_torn_by_a_kill(tmp_path: Path) -> None:
 
 def test_a_run_without_metrics_and_one_without_config(tmp_path: Path) -> None:
     facts = read_run(folder(tmp_path).path, NOW)
-    assert facts.step is None and facts.eta_s is None and facts.lives == []
+    assert facts.step is None and facts.time_left_s(is_alive=True) is None and facts.lives == []
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"not the folder of a run.*give the run_dir"):
         read_run(tmp_path / "run", NOW)
@@ -89,13 +91,13 @@ def test_broken_files_are_problems_and_not_errors(tmp_path: Path) -> None:
 def test_a_heartbeat_from_the_future_is_told(tmp_path: Path) -> None:
     facts = read_run(folder(tmp_path).life(60).train(5, -30).hold(-90).path, NOW)
     assert len(facts.problems) == 1 and "90 s in the future: the clock of n1" in facts.problems[0]
-    assert facts.eta_s == 2.0 * 395 and facts.holder
+    assert facts.time_left_s(is_alive=True) == 2.0 * 395 and facts.holder
     assert facts.seconds_since(facts.holder.heartbeat) == 0
 
 
 def test_nan_is_no_figure(tmp_path: Path) -> None:
     facts = read_run(folder(tmp_path).train(5, 10, eta_s="nan").path, NOW)
-    assert facts.eta_s is None
+    assert facts.time_left_s(is_alive=True) is None
 
 
 def test_costs_are_those_of_the_profile(tmp_path: Path) -> None:
