@@ -9,7 +9,7 @@ from trainer.config.build import nearest
 from trainer.config.schema import ClusterConfig, PartitionConfig, RunConfig
 
 TIME = re.compile(
-    r"(?:(?P<days>\d{1,3})-)?(?P<hours>\d{1,3}):(?P<minutes>\d{2}):(?P<seconds>\d{2})"
+    r"(?:(?P<days>\d{1,3})-)?(?P<hours>\d{1,3}):(?P<minutes>\d{2}):(?P<seconds>\d{2})", re.ASCII
 )
 
 

@@ -1,0 +1,291 @@
+"""From a configuration to a job in the queue, with Slurm's commands played by scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch import job_folder, run_folder, submission, submit
+from launch.compose import compose_config, compose_values
+from launch.job_folder import keep_settled
+from trainer.errors import ConfigError, StorageError
+from trainer.lease import Lease
+from trainer.lives import append_line, utc_now
+
+WORDS = ["cluster=taiwania2", "cluster.account=MST109001", "+model.architecture.vocab_size=512"]
+SBATCH = """#!/bin/sh
+printf '%s\\n' "$@" >>"$FAKE/sbatch.calls"
+env | grep '^SBATCH_' >>"$FAKE/sbatch.environment"
+case "$1" in
+  --test-only)
+    echo "sbatch: Job 7 to start at 2026-11-20T10:00:00 using 8 processors on nodes n1" >&2
+    [ ! -e "$FAKE/refuse" ] && exit 0
+    echo "sbatch: error: Batch job submission failed: $(cat "$FAKE/refuse")" >&2
+    exit 1 ;;
+  *) echo $((40 + $(grep -c parsable "$FAKE/sbatch.calls"))) ;;
+esac
+"""
+SQUEUE = """#!/bin/sh
+[ -e "$FAKE/state" ] && cat "$FAKE/state"
+exit 0
+"""
+
+
+class FakeSlurm:
+    """A folder with ``sbatch`` and ``squeue`` that say what a test wants."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).chmod(0o755)
+
+    def say(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def read(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("FAKE", str(folder))
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return FakeSlurm(folder)
+
+
+@pytest.fixture(scope="module")
+def compose() -> Callable[..., dict[str, Any]]:
+    """Return a function that gives a run's plain config; each choice is composed once."""
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def values(*words: str) -> dict[str, Any]:
+        if words not in known:
+            known[words] = compose_values([*WORDS, *words])
+        return json.loads(json.dumps(known[words]))  # type: ignore[no-any-return]
+
+    return values
+
+
+Compose = Callable[..., dict[str, Any]]
+
+
+def test_a_submitted_run_has_all_that_its_job_needs(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "express")
+    run_dir = tmp_path / "runs/a"
+    assert submission.submit_run(compose(), run_dir, parents=["12"]) == "41"
+    facts = job_folder.read_submission(run_dir)
+    assert (facts["job_ids"], facts["cluster"], facts["parents"]) == (["41"], "taiwania2", ["12"])
+    assert facts["plan"]["gpus_per_node"] == 8
+    config = run_folder.read(run_dir / "config.yaml")
+    assert config["run_dir"] == str(run_dir) and config["cluster"]["site"]["name"] == "taiwania2"
+    assert (run_dir / "logs").is_dir()  # sbatch would lose the log of a job without one
+    script = (run_dir / "job.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --dependency=afterok:12\n" in script
+    assert slurm.read("sbatch.environment") == ""  # SBATCH_PARTITION would win over the script
+    for path in (run_dir, run_dir / "code", run_dir / "config.yaml", run_dir / "submit.json"):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_the_snapshot_runs_before_any_other_checkout(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    submission.submit_run(compose(), tmp_path / "run")
+    code = tmp_path / "run/code"
+    assert not list(code.rglob("__pycache__"))
+    asked = "import launch, trainer; print(launch.ROOT, trainer.__file__)"
+    (code / "launch/where.py").write_text(asked, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, code, "-m", "launch.where"],
+        cwd=run_folder.__file__.rpartition("/launch/")[0],  # a checkout
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(code), str(code / "trainer/__init__.py")], done.stderr
+
+
+def test_every_problem_is_named_at_once(compose: Compose, tmp_path: Path) -> None:
+    values = compose("log=wandb")
+    values["log"]["wandb"] = "online"
+    values["cluster"] |= {"account": "nobody", "exclude": "n1;id"}
+    values["cluster"]["site"] |= {"internet": False, "arch": "aarch64", "name": "elsewhere"}
+    with pytest.raises(ConfigError) as refused:
+        submission.draft(values, tmp_path / "run")
+    message = str(refused.value)
+    for word in ("cluster.account", "cluster.exclude", "log.wandb", "aarch64", "elsewhere.sh"):
+        assert word in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_does_not_fit_needs_force(compose: Compose, tmp_path: Path) -> None:
+    values = compose()
+    values["model"]["architecture"] |= {"hidden_size": 32768, "intermediate_size": 131072}
+    with pytest.raises(ConfigError, match="--force"):
+        submission.draft(values, tmp_path / "run")
+    assert submission.draft(values, tmp_path / "run", must_fit=False).plan is not None
+
+
+def test_a_model_that_a_parent_writes_is_not_read(compose: Compose, tmp_path: Path) -> None:
+    values = compose()
+    values["model"] |= {"architecture": None, "path": str(tmp_path / "later")}
+    with pytest.raises(ConfigError):
+        submission.draft(values, tmp_path / "run")
+    assert submission.draft(values, tmp_path / "run", parents=["3"]).plan is None
+
+
+def test_what_slurm_refuses_is_said_in_its_words(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    slurm.say("refuse", "QOSMaxSubmitJobPerUserLimit")
+    with pytest.raises(ConfigError, match=r"Slurm refuses.*QOSMaxSubmitJobPerUserLimit"):
+        submission.submit_run(compose(), tmp_path / "run")
+    assert "--parsable" not in slurm.read("sbatch.calls")
+
+
+def test_without_slurm_it_says_what_to_do(
+    compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"kuroshio run.*apt-get install slurm-client"):
+        submission.submit_run(compose(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_has_one_job(slurm: FakeSlurm, compose: Compose, tmp_path: Path) -> None:
+    submission.submit_run(compose(), tmp_path / "run")
+    slurm.say("state", "PENDING\n")
+    with pytest.raises(ConfigError, match=r"in use: its job 41 is PENDING.*scancel 41"):
+        submission.submit_run(compose(), tmp_path / "run")
+    slurm.say("state", "")
+    assert submission.submit_run(compose(), tmp_path / "run") == "42"
+    assert job_folder.read_submission(tmp_path / "run")["job_ids"] == ["41", "42"]
+
+
+def test_a_living_run_keeps_its_folder(slurm: FakeSlurm, compose: Compose, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    Lease.take(run_dir, 1, {"job": None, "restart": 0}, utc_now())  # of this process
+    with pytest.raises(ConfigError, match="in use"):
+        submission.submit_run(compose(), run_dir)
+
+
+def test_another_submission_may_change_machines_but_not_the_run(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    run_dir, values = tmp_path / "run", compose()
+    values["loop"] |= {"epochs": 2.0, "max_steps": 0}
+    submission.submit_run(values, run_dir)
+    settled = run_folder.read(run_dir / "config.yaml")
+    settled["loop"]["max_steps"] = 77  # what ranks count from the data
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settled), encoding="utf-8")
+    append_line(run_dir, {"started": utc_now(), "token": 1})
+    values["cluster"]["nodes"] = 2
+    submission.submit_run(values, run_dir)
+    frozen = run_folder.read(run_dir / "config.yaml")
+    assert (frozen["loop"]["max_steps"], frozen["cluster"]["nodes"]) == (77, 2)
+    assert job_folder.read_submission(run_dir)["changes"] == {"cluster.nodes": [1, 2]}
+    values["loop"]["epochs"] = 3.0
+    with pytest.raises(ConfigError, match=r"loop.epochs: 2.0 there, 3.0 now"):
+        submission.submit_run(values, run_dir)
+
+
+def test_settled_values_stay_where_the_wish_is_the_same() -> None:
+    before = {"a": 0, "b": {"c": 1, "d": 2}, "gone": 1}
+    now = {"a": 0, "b": {"c": 5, "d": 2, "new": 9}}
+    settled = {"a": 10, "b": {"c": 11, "d": 12}}
+    assert keep_settled(before, now, settled) == {"a": 10, "b": {"c": 5, "d": 12, "new": 9}}
+
+
+def test_an_array_holds_a_run_for_each_task(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("low", "high")]
+    drafts = [submission.draft(compose(), folder) for folder in folders]
+    number = submission.submit_array(drafts, tmp_path / "sweep", at_once=1)
+    assert (tmp_path / "sweep/runs.txt").read_text().split() == [str(f) for f in folders]
+    script = (tmp_path / "sweep/job.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --array=0-1%1\n" in script and f"CODE={tmp_path}/sweep/code\n" in script
+    ids = [job_folder.read_submission(folder)["job_ids"] for folder in folders]
+    assert ids == [[f"{number}_0"], [f"{number}_1"]]
+    other = replace(drafts[1].config, cluster=replace(drafts[1].config.cluster, nodes=2))
+    with pytest.raises(ConfigError, match="same machines"):
+        submission.submit_array([drafts[0], replace(drafts[1], config=other)], tmp_path, 1)
+
+
+def test_a_command_is_a_job_of_one_gpu(slurm: FakeSlurm, tmp_path: Path) -> None:
+    cluster = compose_config([*WORDS, "cluster.nodes=4"]).cluster
+    submission.submit_command(["export", "a", "b c"], tmp_path / "out", cluster, ["5"], "export")
+    script = (tmp_path / "out/job.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --gres=gpu:1\n" in script and "#SBATCH --nodes=1\n" in script
+    assert "\"$CODE\" export a 'b c'" in script
+
+
+def test_a_job_submitted_by_hand_makes_its_folder(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**compose(), "run_dir": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set"):
+        submission.enter_job(values)
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    slurm.say("state", "RUNNING\n")
+    assert submission.enter_job(values) == tmp_path / "run"
+    marker = tmp_path / "run/code/of_the_first_life"
+    marker.touch()
+    submission.enter_job(values)  # its next life finds what the first one copied
+    assert marker.exists()
+    assert job_folder.read_submission(tmp_path / "run")["job_ids"] == ["9"]
+
+
+def test_a_folder_that_cannot_be_written(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        submission.submit_run(compose(), tmp_path / "file/run")
+
+
+def test_the_login_node_never_loads_torch(slurm: FakeSlurm, tmp_path: Path) -> None:
+    script = (
+        "import sys; from launch.submit import main; main(sys.argv[1:]);"
+        "print('heavy', {'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *WORDS, f"run_dir={tmp_path}/run"],
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "heavy set()", done.stderr
+    said = dict(line.split(maxsplit=1) for line in lines[:-1] if not line.startswith("remark"))
+    assert said["job"] == "41" and said["folder"] == f"{tmp_path}/run"
+    assert said["start"] == "2026-11-20 10:00:00 (estimate of Slurm)"
+    assert said["follow"].startswith("kuroshio watch ")
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([*WORDS, f"run_dir={tmp_path}/run", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=pretrain-tiny\n")
+    assert not (tmp_path / "run").exists() and slurm.read("sbatch.calls") == ""
+
+
+def test_a_whole_config_takes_no_overrides(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no place beside it"):
+        submit.main(["--config", "x.yaml", "loop.seed=1"])
