@@ -62,6 +62,8 @@ def _query(line: str, shell: str, verbs: Sequence[str], help_text: Callable[[str
         from launch.compose import run_completion
 
         rest = line.split(maxsplit=2)[2] if len(words) > 2 else ""
+        # What asks for a pipeline, or several runs, is no part of a run's own words.
+        rest = re.sub(r"(pipeline=\S+|dir=\S+|--multirun)\s+", "", rest)
         os.environ["COMP_LINE"] = f"{words[0]} {rest}"
         run_completion(f"query={shell}")
     elif words[1] in TAKING_A_MODEL:

@@ -15,9 +15,11 @@ FLAGS = {
     "run": """usage: kuroshio run [GROUP=OPTION | KEY=VALUE]... [--dry-run]
        kuroshio run --config FILE [--dry-run]
        kuroshio run pipeline=NAME [dir=FOLDER] [KEY=VALUE | STEP.KEY=VALUE]... [--dry-run]
+       kuroshio run --multirun [KEY=A,B | KEY=VALUE]...
 
   --dry-run      compose, check and print the plan; loads no model, writes nothing
   --config FILE  a whole configuration instead of overrides, such as RUN/config.yaml
+  --multirun     one run for every combination of the values of KEY=A,B
 """,
     "prepare": """usage: kuroshio prepare [GROUP=OPTION | KEY=VALUE]... [--check]
 
