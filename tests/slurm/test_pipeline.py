@@ -160,9 +160,9 @@ def test_a_pipeline_whose_runs_are_all_killed_ends_as_an_unbroken_one(
     short += ["dpo.stage.sample_tokens=1", "ppo.stage.sampling.max_new_tokens=4"]
     short += ["ppo.stage.rollouts_per_step=8", "ppo.loop.micro_batch_size=4"]
     script = ROOT / "benchmarks/long/killed_pipeline.py"
+    words = ["--out", str(tmp_path), "--set", *short, "--cluster", *PLACE, "cluster.nodes=2"]
     done = subprocess.run(
-        [sys.executable, str(script), "--out", str(tmp_path), "--set", *short]
-        + ["--cluster", *PLACE, "cluster.nodes=2"],
+        [sys.executable, str(script), *words],
         env={**cluster.environ, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
