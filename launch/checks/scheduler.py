@@ -13,7 +13,6 @@ from trainer.config import ClusterConfig, nearest
 from trainer.config.cluster import (
     check_submission,
     format_time,
-    partition_limits,
     partition_name,
     time_limit_s,
 )
@@ -182,8 +181,9 @@ def _judge_partition(facts: SchedulerFacts, cluster: ClusterConfig) -> list[Find
 
 
 def _judge_limits(found: PartitionFacts, cluster: ClusterConfig) -> list[Finding]:
-    asked, profile = time_limit_s(cluster), partition_limits(cluster).max_hours
-    limit = found.max_time_s
+    asked, limit = time_limit_s(cluster), found.max_time_s
+    known = cluster.site.partitions.get(found.name)
+    profile = known.max_hours if known else None
     shown = "no time limit" if limit is None else f"time limit {format_time(limit)}"
     what = f"partition {found.name}: {shown}, {found.num_nodes} nodes"
     findings = []
