@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from tokenizer.load import fingerprint, load_tokenizer, num_ids
 from trainer.data.chats.chat import appended_ids, closing_ids
+from trainer.engine.collectives import sum_tensor
 from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, DataError, NumericsError
 from trainer.models.context import context_length
@@ -27,7 +28,7 @@ from trainer.rollout.answer_rows import Layout, Sample
 from trainer.rollout.collection import Collector, Rollout
 from trainer.rollout.generate import Response
 from trainer.rollout.prompts import Prompt
-from trainer.rollout.rewards import ModelReward, Reward, describe
+from trainer.rollout.rewards import ModelReward, Reward, RuleReward, describe
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,34 @@ def _refuse_other(reward: ModelReward, own: Any, tokenizer: Any, tokenizer_path:
         )
 
 
+def judge_once(
+    reward: RuleReward,
+    engine: Engine,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    answers: Sequence[str | None],
+) -> Tensor:
+    """Return a rule's numbers of all samples, ``[samples]`` float64, the same on every rank.
+
+    Each sample is judged on one rank only: a user's function may draw random numbers, ask a judge
+    elsewhere or look at the clock, and ranks with different rewards would learn different things.
+
+    Args:
+        reward: the rule.
+        engine: the run's; every rank calls with the same samples.
+        prompts: texts as the policy read them.
+        texts: of the responses.
+        answers: the data's, None where it gives none.
+
+    Raises:
+        DataError: the rule failed on a sample of this rank.
+    """
+    mine = slice(engine.rank, None, engine.world_size)
+    scores = torch.zeros(len(texts), dtype=torch.float64)
+    scores[mine] = reward.score(prompts[mine], texts[mine], answers[mine])
+    return sum_tensor(scores)
+
+
 class Scorer:
     """Applies all rewards of a run to rollouts.
 
@@ -185,7 +214,7 @@ class Scorer:
         return {
             reward.name: self._ask(self._judges[reward.name], engine, rollout, texts, layout)
             if isinstance(reward, ModelReward)
-            else reward.score(prompts, texts, answers)
+            else judge_once(reward, engine, prompts, texts, answers)
             for reward in self._rewards
         }
 

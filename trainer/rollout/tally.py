@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from trainer.losses.advantages import (
@@ -48,8 +50,17 @@ def tally(
         bag.add(name, value)
     bag.add("score", float(scores.mean()))
     if figures.values is not None and experience.returns is not None:
-        share = explained_variance(explained_variance_sums(figures.values, experience.returns))
-        bag.add("explained_variance", share)
+        add_explained_variance(bag, figures.values, experience.returns)
+
+
+def add_explained_variance(bag: MetricBag, values: Tensor, returns: Tensor) -> None:
+    """Add what of a step's ``returns`` ``[n]`` its ``values`` ``[n]`` explain.
+
+    A step whose returns are all equal has none, and weighs nothing in the mean of its window.
+    """
+    share = explained_variance(explained_variance_sums(values, returns))
+    has_share = not math.isnan(share)
+    bag.add("explained_variance", share if has_share else 0.0, float(has_share))
 
 
 def spread(rewards: Tensor) -> dict[str, float]:

@@ -209,10 +209,8 @@ class Dpo(StoreStage):
         sinks.event(step, "mixture", epochs=self.loader.epochs(), **shares)
         questions = choose_questions(self.config, self.tokenizer, self.store, self.sample_prompts)
         policy: Any = self.policy.module
-        write_answers(
-            sinks, step, policy.actor, self.policy.device, self.tokenizer, questions,
-            self.sample_tokens,
-        )  # fmt: skip
+        asked = (self.tokenizer, questions, self.sample_tokens)
+        write_answers(sinks, step, self.policy, policy.actor, *asked)
         return True
 
     @torch.no_grad()

@@ -78,5 +78,6 @@ class Sft(NextTokenStage):
     def write_samples(self, sinks: Sinks, step: int) -> None:
         """Record the model's answers, greedily decoded."""
         questions = choose_questions(self.config, self.tokenizer, self.store, self.sample_prompts)
-        model, device = self.policy.module, self.policy.device
-        write_answers(sinks, step, model, device, self.tokenizer, questions, self.sample_tokens)
+        model: Any = self.policy.module
+        asked = (self.tokenizer, questions, self.sample_tokens)
+        write_answers(sinks, step, self.policy, model, *asked)

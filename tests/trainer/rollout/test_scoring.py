@@ -17,11 +17,12 @@ from trainer.data.chats.conversation import Conversation, Message
 from trainer.data.chats.templates import read_builtin
 from trainer.errors import ConfigError, DataError, NumericsError
 from trainer.models.scalar_model import ScalarModel, install_score_head
+from trainer.rollout import scoring
 from trainer.rollout.answer_rows import Layout
 from trainer.rollout.collection import Rollout
 from trainer.rollout.generate import Response
 from trainer.rollout.prompts import Prompt
-from trainer.rollout.rewards import build_rewards
+from trainer.rollout.rewards import RuleReward, build_rewards
 from trainer.rollout.scoring import Scorer
 
 TALKS = [
@@ -77,7 +78,7 @@ class FakeEngine:
     """Computes reward models as the engine does, in one process."""
 
     def __init__(self, folders: dict[str, str]) -> None:
-        self.device = torch.device("cpu")
+        self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         self.models = {f"reward:{name}": open_model(path) for name, path in folders.items()}
 
     def __call__(self, part: str, **inputs: torch.Tensor) -> torch.Tensor:
@@ -242,3 +243,30 @@ def test_a_model_that_returns_nan_is_named(folders: dict[str, str], rollout: Rol
     scorer = make_scorer(folders, {"same": {"kind": "model", "path": folders["same"]}})
     with pytest.raises(NumericsError, match=r"stage.rewards.same: .* returned nan for the prompt"):
         scorer.score(engine, rollout, LAYOUT)
+
+
+class PlaceOnly:
+    """As much of an engine as a rule needs."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+
+def test_a_rule_judges_each_sample_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that answers otherwise at every call must not divide the ranks."""
+    judged: list[str] = []
+
+    def fickle(prompt: str, response: str, answer: str | None) -> float:
+        judged.append(response)
+        return float(len(judged))
+
+    reward = RuleReward("fickle", "python", fickle, {})
+    texts, parts = list("abcdefg"), []
+    monkeypatch.setattr(scoring, "sum_tensor", lambda own: parts.append(own.clone()) or own)
+    for rank in range(3):
+        engine: Any = PlaceOnly(rank, 3)
+        scoring.judge_once(reward, engine, ["?"] * 7, texts, [None] * 7)
+    assert sorted(judged) == texts
+    assert sorted(torch.stack(parts).sum(0).tolist()) == [1, 2, 3, 4, 5, 6, 7]
+    lonely: Any = PlaceOnly(5, 8)
+    assert scoring.judge_once(reward, lonely, ["?"], ["a"], [None]).tolist() == [0.0]
