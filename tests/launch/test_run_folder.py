@@ -10,6 +10,7 @@ import yaml
 
 from launch import run_folder
 from launch.compose import compose_values
+from launch.validation import complete_section
 from trainer.config import RunConfig, load_config
 from trainer.errors import CheckpointError, ConfigError, StorageError
 
@@ -139,3 +140,48 @@ def test_every_life_is_recorded(tmp_path: Path) -> None:
     lives = [json.loads(line) for line in lines]
     assert [life["world_size"] for life in lives] == [1, 4]
     assert lives[1]["launcher"] == "slurm" and lives[1]["changes"] == {"engine.zero_stage": [2, 3]}
+
+
+def test_a_key_newer_than_the_frozen_config_had_its_default(tmp_path: Path) -> None:
+    run_folder.claim(tmp_path, config(tmp_path))
+    frozen = run_folder.read(tmp_path / "config.yaml")
+    del frozen["data"]["isolate_documents"], frozen["optim"]["eps"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(frozen))
+    assert run_folder.claim(tmp_path, config(tmp_path)) == {}
+    assert "isolate_documents" in run_folder.read(tmp_path / "config.yaml")["data"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(frozen))
+    with pytest.raises(ConfigError, match=r"data\.isolate_documents: True there, False now"):
+        run_folder.claim(tmp_path, config(tmp_path, "data.isolate_documents=false"))
+
+
+def test_a_stages_newer_field_had_its_default_too(tmp_path: Path) -> None:
+    whole = run_folder.plain(config(tmp_path, "stage=sft"))
+    whole["stage"] = complete_section(whole["stage"])
+    run_folder.claim(tmp_path, load_config(whole))
+    old = run_folder.read(tmp_path / "config.yaml")
+    del old["stage"]["neftune_alpha"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    same, noisy = load_config(whole), load_config(whole)
+    noisy.stage["neftune_alpha"] = 5.0
+    check = run_folder.check_same_run
+    assert check(tmp_path, same, complete_section) == {}
+    with pytest.raises(ConfigError, match=r"neftune_alpha: 0\.0 there, 5\.0 now"):
+        check(tmp_path, noisy, complete_section)
+    assert check(tmp_path, noisy) == {}  # a login node leaves it to the ranks
+    old["stage"]["neftune_alpha"] = 1.0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(ConfigError, match=r"neftune_alpha: 1\.0 there, 5\.0 now"):
+        check(tmp_path, noisy)
+
+
+def test_a_submitted_config_is_settled_by_its_first_life_only(tmp_path: Path) -> None:
+    words = ["loop.epochs=3", "loop.max_steps=0"]
+    asked, settled = config(tmp_path, *words), config(tmp_path, words[0], "loop.max_steps=100")
+    run_folder.claim(tmp_path, asked)
+    assert run_folder.claim(tmp_path, settled, asked) == {}
+    assert run_folder.read(tmp_path / "config.yaml")["loop"]["max_steps"] == 100
+    run_folder.record_life(tmp_path, "slurm", 2, {})
+    assert run_folder.claim(tmp_path, settled, asked) == {}
+    grown = config(tmp_path, words[0], "loop.max_steps=120")
+    with pytest.raises(ConfigError, match="max_steps: 100 there, 120 now"):
+        run_folder.claim(tmp_path, grown, asked)
