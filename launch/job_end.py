@@ -143,6 +143,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--code", type=int, required=True)
     parser.add_argument("--max-lives", type=int, required=True)
     parser.add_argument("--max-lives-without-progress", type=int, required=True)
+    # In a container there is no scontrol: the script calls it when it sees this code.
+    parser.add_argument("--requeue-code", type=int)
     options = parser.parse_args(arguments)
     run_dir, this = options.run_dir, slurm_life(os.environ)
     if this["job"] is None:
@@ -157,7 +159,9 @@ def main(arguments: Sequence[str]) -> int:
         | {"decision_reason": decision.reason},
     )
     print(f"kuroshio: {decision.action}: {decision.reason}", flush=True)
-    return _requeue(this["job"]) if decision.action == "requeue" else decision.exit_code
+    if decision.action != "requeue":
+        return decision.exit_code
+    return options.requeue_code or _requeue(this["job"])
 
 
 def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:

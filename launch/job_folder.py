@@ -18,7 +18,7 @@ from launch.tenancy import life_sign
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError
 from trainer.lease import read_holder
-from trainer.lives import read_lives, slurm_life, utc_now
+from trainer.lives import CHECKPOINTS_NAME, read_lives, slurm_life, utc_now
 
 SUBMISSION = "submit.json"
 SCRIPT = "job.sbatch"
@@ -123,6 +123,15 @@ def record(
     with run_folder.writing(run_dir):
         temporary.write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
         temporary.replace(path)
+
+
+def measured_seconds(run_dir: Path) -> dict[str, float]:
+    """Return what the newest checkpoint says of the time of steps and saves; empty without one."""
+    manifests = sorted((run_dir / CHECKPOINTS_NAME).glob("step_*/manifest.json"))
+    if not manifests:
+        return {}
+    state = json.loads(manifests[-1].read_text(encoding="utf-8")).get("state", {})
+    return dict(state.get("seconds", {}))
 
 
 @contextmanager

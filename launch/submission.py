@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from launch import ROOT, sbatch
 from launch.job_folder import (
     freeze,
+    measured_seconds,
     private_files,
     read_submission,
     record,
@@ -28,9 +30,11 @@ from trainer.plan.work import RunPlan
 from trainer.stages import SINGLE_PROCESS
 
 CODE = "code"
-# Before the time limit. Ranks measure their steps and saves and stop in time by themselves; this is
-# for what they cannot foresee. Slurm sends it up to a minute early.
-SIGNAL_S = 300
+# Seconds before the time limit at which the ranks are told to save. They measure their steps and
+# saves and stop in time by themselves; this is for what they cannot foresee.
+SIGNAL_S = 300  # until a checkpoint says how long steps and saves take
+SAVE_MARGIN = 2.0  # a shared file system may be twice as slow the next time
+DELIVERY_S = 60  # Slurm may send a signal a minute early
 
 
 @dataclass(frozen=True)
@@ -212,10 +216,19 @@ def enter_job(values: Mapping[str, Any]) -> Path:
     return folder
 
 
-def signal_seconds(cluster: ClusterConfig) -> int:
-    """Return how long before the time limit the ranks are told to save."""
+def signal_seconds(cluster: ClusterConfig, measured: Mapping[str, float]) -> int:
+    """Return how long before the time limit the ranks are told to save.
+
+    Args:
+        cluster: with the job's time limit.
+        measured: seconds of each kind of work of the run, ``save`` and what stops for no signal.
+    """
+    seconds = SIGNAL_S
+    if "save" in measured:
+        work = max((s for name, s in measured.items() if name != "save"), default=0.0)
+        seconds = DELIVERY_S + math.ceil(work + SAVE_MARGIN * measured["save"])
     limit = time_limit_s(cluster)
-    return SIGNAL_S if limit is None else min(SIGNAL_S, limit // 2)
+    return seconds if limit is None else min(seconds, limit // 2)
 
 
 def _record(checked: Draft, number: str, changes: Mapping[str, Any]) -> None:
@@ -233,7 +246,7 @@ def _job(config: RunConfig, folder: Path, parents: Sequence[str]) -> SlurmJob:
         job,
         parents=tuple(parents),
         prepares=bool(config.data.sources) and config.stage.get("name") not in SINGLE_PROCESS,
-        signal_s=signal_seconds(cluster),
+        signal_s=signal_seconds(cluster, measured_seconds(folder)),
     )
 
 

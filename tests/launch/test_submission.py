@@ -289,3 +289,29 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
 def test_a_whole_config_takes_no_overrides(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no place beside it"):
         submit.main(["--config", "x.yaml", "loop.seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("time", "measured", "seconds"),
+    [
+        (None, {}, 300),
+        ("00:04:00", {}, 120),
+        (None, {"step": 3.0}, 300),
+        (None, {"step": 3.0, "evaluation": 50.0, "save": 200.0}, 60 + 50 + 400),
+        ("00:10:00", {"step": 3.0, "save": 500.0}, 300),
+    ],
+)
+def test_the_signal_comes_early_enough_for_a_save(
+    time: str | None, measured: dict[str, float], seconds: int
+) -> None:
+    cluster = compose_config(["cluster=local_slurm"]).cluster
+    assert submission.signal_seconds(replace(cluster, time=time), measured) == seconds
+
+
+def test_a_run_that_has_saved_says_how_long_that_takes(compose: Compose, tmp_path: Path) -> None:
+    for step, save in ((2, 9.0), (10, 400.0)):
+        folder = tmp_path / f"run/checkpoints/step_{step:08}"
+        folder.mkdir(parents=True)
+        state = {"state": {"seconds": {"step": 5.0, "save": save}}}
+        (folder / "manifest.json").write_text(json.dumps(state), encoding="utf-8")
+    assert submission.draft(compose(), tmp_path / "run").job.signal_s == 60 + 5 + 800
