@@ -9,7 +9,7 @@ from typing import Any
 
 from launch import run
 from launch.graph import lineage, progress, work
-from launch.graph.check import Values, check_stages, compose_runs
+from launch.graph.check import Values, check_sources, check_stages, compose_runs
 from launch.graph.definition import ExportOptions, Pipeline, Step, read_pipeline
 from launch.graph.state import PipelineState, write_state
 from trainer.errors import EXIT_RESUME, KuroshioError
@@ -29,6 +29,7 @@ def main(words: Sequence[str]) -> int:
     pipeline = read_pipeline([word for word in words if word != "--dry-run"])
     composed = compose_runs(pipeline)
     progress.refuse_changes(pipeline, composed)
+    check_sources(pipeline, composed)
     run.name_accelerator()
     check_stages(pipeline, composed)
     if "--dry-run" in words:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.compose import compose_values
-from launch.graph.definition import ExportOptions, Pipeline, Step
-from trainer.config import load_config
-from trainer.errors import ConfigError
+from launch.graph import lineage
+from launch.graph.definition import ExportOptions, Pipeline, Step, TokenizerOptions
+from trainer.config import SourceConfig, load_config
+from trainer.data.reading.files import list_files
+from trainer.errors import ConfigError, DataError
 from trainer.stages import SINGLE_PROCESS
 
 Values = dict[str, Any]
@@ -41,6 +43,31 @@ def compose_runs(pipeline: Pipeline) -> dict[str, Values]:
     if problems:
         raise ConfigError("\n".join(problems))
     return composed
+
+
+def check_sources(pipeline: Pipeline, composed: Mapping[str, Values]) -> None:
+    """Look whether the files are there that the runs will read hours later.
+
+    Raises:
+        ConfigError: with every path that leads nowhere.
+    """
+    problems: list[str] = []
+    for name, values in composed.items():
+        if lineage.is_complete(pipeline.folder, name):
+            continue
+        for key, source in load_config(values).data.sources.items():
+            try:
+                list_files(source)
+            except DataError as error:
+                problems.append(f"step {name}: data.sources.{key}: {error}")
+    for step in pipeline.steps.values():
+        if isinstance(step.options, TokenizerOptions) and not step.folder.exists():
+            try:
+                list_files(SourceConfig(step.options.paths))
+            except DataError as error:
+                problems.append(f"step {step.name}: paths: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_stages(pipeline: Pipeline, composed: Mapping[str, Values]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from launch.graph import lineage, progress
-from launch.graph.check import Values, compose_runs
+from launch.graph.check import Values, check_sources, compose_runs
 from launch.graph.definition import Pipeline, Step, read_pipeline
 from launch.graph.state import PipelineState, StepState, read_state, read_states, write_state
 from launch.slurm_queue import job_state
@@ -33,6 +33,7 @@ def main(words: Sequence[str]) -> int:
     pipeline = read_pipeline(words, absolute=True)
     composed = compose_runs(pipeline)
     progress.refuse_changes(pipeline, composed)
+    check_sources(pipeline, composed)
     states = read_states(pipeline.folder) if read_state(pipeline.folder) else {}
     todo = _to_submit(pipeline, states)
     drafts = _drafts(pipeline, composed, todo)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch import ROOT
-from launch.graph.check import check_stages, compose_runs
+from launch.graph.check import check_sources, check_stages, compose_runs
 from launch.graph.definition import Pipeline, names, read_pipeline
 from trainer.errors import ConfigError
 
@@ -58,6 +58,17 @@ def test_stages_are_checked_against_models_that_are_still_to_come(tmp_path: Path
     assert "step dpo: data.max_length=4096 is longer than the model's" in text
     assert "step reward: data.content=documents, but stage=reward trains on preferences" in text
     assert len(text.splitlines()) == 3
+
+
+def test_files_that_are_not_there_are_found_before_hours_are_spent(tmp_path: Path) -> None:
+    words = ["dpo.data.sources.pairs.paths=[none.jsonl]", "base_tokenizer.paths=[away.txt]"]
+    with pytest.raises(ConfigError) as caught:
+        check_sources(*compose("pipeline=demo", f"dir={tmp_path}", *words))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("step dpo: data.sources.pairs: data source path 'none.jsonl'")
+    assert lines[1].startswith("step base_tokenizer: paths: data source path 'away.txt'")
+    assert len(lines) == 2
+    check_sources(*compose("pipeline=demo", f"dir={tmp_path}"))
 
 
 @pytest.mark.parametrize(
