@@ -72,7 +72,7 @@ def request_stop(facts: RunFacts) -> str:
             "run instead"
         ) from error
     seconds = figure(facts.train, "seconds")
-    when = f" (about {show_duration(seconds)} a step)" if seconds else ""
+    when = f" (about {show_duration(seconds)} a step)" if seconds and seconds >= 1 else ""
     at = f" {facts.step}" if facts.step is not None else ""
     return (
         f"after the step that follows{at or ' the present one'}{when} all ranks save and leave; "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from launch.monitor.page import write_page
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     elif options.once or not sys.stdout.isatty():
         watch.refresh()
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
-        Console(highlight=False, markup=False, width=width).print(watch.table())
+        console = Console(highlight=False, markup=False, width=width)
+        console.print(watch.table(console.width))
     else:
         follow(watch, options.every)
     return 0
@@ -81,12 +82,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def follow(watch: Watch, every_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
     """Show the table anew every ``every_s`` seconds until Ctrl-C."""
     watch.refresh()
-    with Live(watch.table(), auto_refresh=False, vertical_overflow="visible") as live:
+    console = Console(highlight=False)
+    table = watch.table(console.width)
+    with Live(table, console=console, auto_refresh=False, vertical_overflow="visible") as live:
         try:
             while True:
                 sleep(every_s)
                 watch.refresh(every_s)
-                live.update(watch.table(), refresh=True)
+                live.update(watch.table(console.width), refresh=True)
         except KeyboardInterrupt:
             return
 
@@ -119,9 +122,9 @@ class Watch:
         title = f"{self._path}, {show_time(self.time)}"
         return title + (f" ({self._queue.problem})" if self._queue.problem else "")
 
-    def table(self) -> Any:
-        """Return the table for a terminal."""
-        return build_table(self.rows, self.title())
+    def table(self, width: int) -> RenderableType:
+        """Return the table for a terminal of ``width`` columns."""
+        return build_table(self.rows, self.title(), width)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""

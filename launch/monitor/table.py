@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -18,7 +18,17 @@ STYLES = {
     "stopped": "yellow", "held": "magenta", "lost": "bold red", "failed": "bold red",
 }  # fmt: skip
 BAR_WIDTH = 12
-WIDTHS = {"run": 12, "state": 16, "lives": 12}  # columns that fold, but not to ribbons
+WIDE = 104  # columns of a terminal that hold the whole table
+WHOLE = ("progress", "figures", "saved")  # columns that are not folded
+WIDTHS = {
+    "run": 10,
+    "state": 14,
+    "progress": 17,
+    "figures": 11,
+    "spent": 10,
+    "saved": 8,
+    "lives": 5,
+}
 SHOWS = {
     "loss": lambda value: f"loss {value:.4f}",
     "accuracy": lambda value: f"accuracy {value:.1%}",
@@ -26,33 +36,48 @@ SHOWS = {
     "kl": lambda value: f"kl {value:.2f}",
 }
 MAX_ENDS = 3  # causes of earlier ends shown of each run
+NOTE_WIDTH = 40  # longer ones stand below the table
 
 
-def build_table(rows: Sequence[Row], title: str) -> RenderableType:
-    """Return the table with what has to be said below it."""
+def build_table(rows: Sequence[Row], title: str, width: int = WIDE) -> RenderableType:
+    """Return the table for ``width`` columns of a terminal, with what has to be said below it."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("run", "state", "progress", "figures", "spent", "saved", "lives"):
-        is_short = header in ("progress", "figures", "saved")
-        table.add_column(header, overflow="fold", no_wrap=is_short, min_width=WIDTHS.get(header))
+    cells = _cells(is_narrow=width < WIDE)
+    whole = WHOLE if width >= WIDE else WHOLE[:1]
+    for header in cells:
+        table.add_column(header, overflow="fold", no_wrap=header in whole, min_width=WIDTHS[header])
     for row in rows:
-        table.add_row(
-            _name_cell(row),
-            _state_cell(row),
-            _progress_cell(row),
-            _lines(figure_lines(row)),
-            _lines(spent_lines(row)),
-            _lines(saved_lines(row)),
-            _lines(life_lines(row)),
-        )
+        table.add_row(*(show(row) for show in cells.values()))
     notes = [Text(line, overflow="fold") for line in below(rows)]
     return Group(table, *notes) if notes else table
 
 
+def _cells(is_narrow: bool) -> dict[str, Callable[[Row], Text]]:
+    """Return the columns and what stands in each; a narrow terminal has no room for all apart."""
+    first = {"run": _name_cell, "state": _state_cell, "progress": _progress_cell}
+    if is_narrow:
+        more = {"figures": lambda row: _lines([*figure_lines(row), *spent_lines(row)])}
+        last = {"saved": lambda row: _lines([*saved_lines(row), *_count_lives(row)])}
+        return first | more | last
+    return first | {
+        "figures": lambda row: _lines(figure_lines(row)),
+        "spent": lambda row: _lines(spent_lines(row)),
+        "saved": lambda row: _lines(saved_lines(row)),
+        "lives": lambda row: Text(str(row.num_lives or "")),
+    }
+
+
+def _count_lives(row: Row) -> list[str]:
+    return [f"life {row.num_lives}"] if row.num_lives else []
+
+
 def below(rows: Iterable[Row]) -> list[str]:
-    """Return what belongs to no cell: why a run failed or waits, odd files, what to type."""
+    """Return what fits into no cell: why lives ended, odd files, what to type."""
     lines = []
     for row in rows:
-        lines += [f"{row.name}: {problem}" for problem in row.problems]
+        lines += [f"{row.name}: {text}" for text in (*end_lines(row), *row.problems)]
+        if not is_short(row.note):
+            lines.append(f"{row.name} {row.state}: {row.note}")
         if row.needs_another_job:
             lines.append(
                 f"{row.name}: its job's time ends before the run does; it will save, stop and be "
@@ -62,6 +87,18 @@ def below(rows: Iterable[Row]) -> list[str]:
     if unsent:
         lines += ["recorded offline by wandb; to send it, where there is a network:", *unsent]
     return lines
+
+
+def end_lines(row: Row) -> list[str]:
+    """Return why the last lives before this one ended."""
+    first = max(0, len(row.ends) - MAX_ENDS)
+    ends = enumerate(row.ends[first:], start=first + 1)
+    return [f"life {number} ended: {why}" for number, why in ends]
+
+
+def is_short(note: str) -> bool:
+    """Return whether a note has room in its cell."""
+    return len(note) <= NOTE_WIDTH
 
 
 def figure_lines(row: Row) -> list[str]:
@@ -88,20 +125,14 @@ def saved_lines(row: Row) -> list[str]:
     return [f"step {row.saved_step}", f"{show_duration(row.saved_age_s)} ago"]
 
 
-def life_lines(row: Row) -> list[str]:
-    """Return how many lives and why the last ones ended."""
-    lines = [str(row.num_lives)] if row.num_lives else []
-    first = max(0, len(row.ends) - MAX_ENDS)
-    return lines + [f"{n}: {end}" for n, end in enumerate(row.ends[first:], start=first + 1)]
-
-
 def time_lines(row: Row) -> list[str]:
     """Return the time to the end of the run, of the job, or to its start."""
     lines = []
     if row.eta_s is not None and row.state not in ("finished", "failed"):
-        lines.append(f"{show_duration(row.eta_s)} to go")
+        time = show_duration(row.eta_s)
+        lines.append(f"done in {time}" if row.state == "running" else f"{time} to go")
     if row.limit_s is not None:
-        lines.append(f"{show_duration(row.limit_s)} to the time limit")
+        lines.append(f"limit in {show_duration(row.limit_s)}")
     if row.starts_s is not None:
         lines.append(f"starts in {show_duration(row.starts_s)}")
     return lines
@@ -126,7 +157,7 @@ def _name_cell(row: Row) -> Text:
 def _state_cell(row: Row) -> Text:
     cell = Text(row.state, style=STYLES[row.state])
     places = " on ".join(p for p in (f"job {row.job}" if row.job else "", row.nodes) if p)
-    for line in (places, row.note):
+    for line in (places, row.note if is_short(row.note) else ""):
         if line:
             cell.append(f"\n{line}", style="dim")
     return cell

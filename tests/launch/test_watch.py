@@ -19,6 +19,8 @@ from launch.graph.state import PipelineState, StepState, write_state
 from launch.monitor.queue import Queue
 from launch.watch import Watch, follow, main
 from trainer.errors import CheckpointError, ConfigError, StorageError
+from trainer.metrics.run_facts import STOP_NAME
+from trainer.signals import STOP_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 PRICES = [
@@ -64,16 +66,27 @@ def test_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in (
         "running", "job 7 on n[1-2]", "30% loss 1.2345", "120 / 400", "accuracy 87.5%",
         "12.3k tok/s", "8.00 of 9.50 GPU-h", "TWD 80.0", "TWD 240.0",
-        "step 100", "0:04:0", "0:09:1", "to go", "to the time limit",
+        "step 100", "0:04:0", "done in 0:09:1", "limit in 0:0",
         "sft: its job's time ends before the run does",
-        "requeued", "time limit. Life 2", "1: node lost", "reward nan", "finished", "100%",
-        "400 / 400",
+        "requeued", "time limit. Life 2", "group/ppo: life 1 ended: node lost", "reward nan",
+        "finished", "100%", "400 / 400",
         f"wandb sync {runs}/sft/wandb/offline-run-1",
     ):  # fmt: skip
         assert part in text, f"{part!r} is not in {text}"
     assert "store" not in text
     calls = (runs.parent / "bin" / "calls").read_text().splitlines()
     assert len(calls) == 1 and "--states=all" in calls[0]
+
+
+def test_a_narrow_terminal_has_every_column(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    main([str(runs), "--once"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for part in ("8.00 of 9.50", "GPU-h", "step 100", "120 / 400", "life 2", "accuracy"):
+        assert part in out, part
 
 
 def test_json_has_every_figure(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +238,10 @@ def test_verbs_of_a_login_node_import_nothing_heavy(runs: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     )
     assert done_process.stdout.endswith("HEAVY []\n"), done_process.stdout + done_process.stderr
+
+
+def test_the_stop_file_is_the_one_that_ranks_look_for() -> None:
+    assert STOP_NAME == STOP_FILE
 
 
 def test_config_of_a_run_is_only_read(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
