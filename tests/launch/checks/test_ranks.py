@@ -1,0 +1,158 @@
+"""How ranks meet and go on without those who stay away; the whole on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import doctor
+from launch.checks import job
+from launch.checks.machine import meeting_port
+from launch.checks.meeting import Meeting
+from launch.checks.rank import short, without
+from launch.checks.rank_plan import CheckPlan, find_place, read_plan
+from launch.checks.rates import matmul_tflops, memory_gb_per_s
+from launch.compose import compose_config
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+PLAN = CheckPlan(2, "/work/doctor", {"token stores": "/s"}, "ib0", True, 30.0, 400.0)
+
+
+def test_ranks_go_on_without_one_that_never_came() -> None:
+    store = dist.HashStore()
+
+    def take_part(rank: int) -> tuple[list[int], dict[int, str], bool]:
+        meeting = Meeting(store, rank, 3, wait_s=0.5)
+        clock = meeting.gather()
+        said = meeting.agree("round", f"word {rank}", 5.0)
+        meeting.part()
+        return meeting.present, said, clock is None or abs(clock[0]) <= clock[1] + 0.01
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(take_part, (0, 2)))
+    assert results == [([0, 2], {0: "word 0", 2: "word 2"}, True)] * 2
+
+
+def test_a_rank_that_comes_too_late_is_told() -> None:
+    store = dist.HashStore()
+    first = Meeting(store, 0, 2, wait_s=0.05)
+    first.gather()
+    assert first.present == [0]
+    store.set("clock/1", "0")
+    with pytest.raises(RuntimeError, match="came too late"):
+        Meeting(store, 1, 2, wait_s=0.05).gather()
+
+
+def test_groups_without_those_who_are_gone() -> None:
+    everyone, none = ("a", "b", "c", "d"), set[tuple[str, ...]]()
+    assert without(("a", "b"), {"b"}, none) == ()
+    assert without(("a",), {"b"}, none) == ("a",)
+    assert without(everyone, {"b"}, none) == ("a", "c", "d")
+    assert without(everyone, set(), {("c", "d")}) == ("a", "b", "c")
+    assert without(("c", "d"), set(), {("c", "d")}) == ("c", "d")
+
+
+def test_place_comes_from_slurm_or_from_us() -> None:
+    environ = {"SLURMD_NODENAME": "n2", "SLURM_LOCALID": "1", "MASTER_ADDR": "n1"}
+    environ["MASTER_PORT"] = "23456"
+    found = find_place(read_plan(PLAN.write()), ["n1", "n2"], environ)
+    assert (found.rank, found.world_size, found.node_of(1)) == (3, 4, "n1")
+    assert (found.address, found.port, found.interface) == ("n1", 23456, "ib0")
+    here = find_place(PLAN, ["laptop"], {**environ, "LOCAL_RANK": "0"})
+    assert (here.node, here.rank) == ("laptop", 0)
+
+
+def test_rates_of_a_core_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.checks.rates.SECONDS", 0.01)
+    device = torch.device("cpu")
+    assert 0.0001 < matmul_tflops(device) < 10 and 0.01 < memory_gb_per_s(device) < 5000
+
+
+def test_errors_are_cut_to_a_line() -> None:
+    assert short(RuntimeError("x" * 500 + "\nmore")) == "x" * 300
+    assert short(RuntimeError("")) == "RuntimeError"
+
+
+def test_plan_of_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    words = [f"run_dir={tmp_path}/run", f"data.store_dir={store}", "cluster=nano4"]
+    config = compose_config(words)
+    folder = job.name_folder(config)
+    assert folder.parent == tmp_path and folder.name.startswith("doctor-")
+    plan = job.plan_check(config, folder, 60.0)
+    assert plan.folders == {"token stores": str(store)} and plan.expects_gpu
+    assert plan.ranks_per_node == 8 and plan.profile_gb_per_s == 400.0
+    monkeypatch.setenv("SLURM_JOB_ID", "40123")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert meeting_port() == 20123
+
+
+def test_folder_of_a_job_that_never_began(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(PLAN.write())
+    (found,) = job.read(tmp_path)
+    assert found.level == "error" and found.nodes == ()
+    (tmp_path / "first_node").write_text("n7\n")
+    (found,) = job.read(tmp_path)
+    assert found.nodes == ("n7",) and found.what.startswith("n7: ")
+    with pytest.raises(ConfigError, match="no readable plan.json"):
+        job.read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2"], "has no scheduler"),
+        (["--nodes", "0"], "1 or more"),
+        (["--read", "/nowhere"], "no readable plan.json"),
+        (["cluster=nowhere"], "expected"),
+        (["--nodes", "1", "cluster=taiwania2"], "cluster.account=null"),
+    ],
+)
+def test_bad_words_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        doctor.main(words)
+
+
+def test_login_node_needs_no_torch(tmp_path: Path) -> None:
+    """Run the whole verb in a process, which then looks at what it imported."""
+    heavy = "('torch', 'transformers', 'deepspeed', 'datasets')"
+    code = (
+        "import sys\nfrom launch import doctor\n"
+        f"code = doctor.main(['--json', 'run_dir={tmp_path}/run'])\n"
+        f"print(code, [name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert done.stderr.splitlines()[-1] == f"{found['exit_code']} []"
+    topics = {finding["topic"] for finding in found["findings"]}
+    assert topics == {"environment", "slurm", "files", "network", "artefacts"}
+    assert any(f["what"].startswith(f"torch {torch.__version__}") for f in found["findings"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ranks_of_this_machine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--json", "--nodes", "1", "--timeout", "60", "cluster.gpus_per_node=2"]
+    doctor.main([*words, f"run_dir={tmp_path}/run"])
+    output = capfd.readouterr()
+    found = json.loads(output.out)
+    text = "\n".join(finding["what"] for finding in found["findings"])
+    assert "2 ranks on 1 nodes reported" in text and "gloo within nodes" in text
+    (folder,) = tmp_path.glob("doctor-*")
+    assert str(folder) in output.err and len(list((folder / "nodes").glob("*.out"))) == 2
+    assert doctor.main(["--json", "--read", str(folder)]) == found["exit_code"]
+    assert json.loads(capfd.readouterr().out) == found
