@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cluster_nodes import ClusterError, call
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+REVOKED_S = 3  # nodes refuse a job whose credential is not newer than the one just revoked
 REQUEUE_GRACE_S = 5  # a job that is put back into the queue looks ended for a moment
 
 
@@ -69,8 +71,7 @@ class Jobs:
             state = shown["JobState"]
             if state in states:
                 return shown
-            if shown["Reason"] == "BeginTime" and shown["Restarts"] != "0":
-                self.hurry(job)
+            self.hurry(shown)
             now = time.monotonic()
             ended_since = (ended_since or now) if state in ENDED else None
             if now > deadline or (ended_since and now > ended_since + REQUEUE_GRACE_S):
@@ -88,9 +89,14 @@ class Jobs:
                 raise ClusterError(f"job {job} did not restart\n{self.describe(shown)}")
             time.sleep(0.2)
 
-    def hurry(self, job: str) -> None:
-        """Start a requeued job now rather than when its old credential has expired."""
-        self.call("scontrol", "update", f"jobid={job}", "starttime=now")
+    def hurry(self, shown: dict[str, str]) -> None:
+        """Let a requeued job wait for seconds, not until its old credential has expired."""
+        if shown["Reason"] != "BeginTime" or shown["Restarts"] == "0":
+            return
+        begin = datetime.fromisoformat(shown["EligibleTime"])
+        if begin > datetime.now() + timedelta(seconds=REVOKED_S + 1):
+            when = f"starttime=now+{REVOKED_S}"
+            self.call("scontrol", "update", f"jobid={shown['JobId']}", when)
 
     def cancel(self, job: str, *options: str) -> None:
         self.call("scancel", *options, job)

@@ -74,7 +74,7 @@ def start_machine(name: str, setup: Sequence[str] = ()) -> Machine:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         holder = next(iter(children_of(outer)), 0)
-        if holder and IDLE in command_line(holder):
+        if holder and command_line(holder).startswith(f"sh -c {IDLE}"):
             return Machine(name, holder)
         if not is_alive(outer) or time.monotonic() > deadline:
             raise ClusterError(f"machine {name} did not start: {lines}")

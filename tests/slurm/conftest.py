@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster, down, missing, up
+from cluster_runs import Runs
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if report.when == "call" and report.failed and "cluster" in getattr(item, "funcargs", {}):
         report.sections.append(("Slurm's logs", item.funcargs["cluster"].logs()))
     return report
+
+
+@pytest.fixture(scope="session")
+def runs(cluster: Cluster, base_config: dict[str, Any]) -> Runs:
+    """Return what submits runs of a micro model."""
+    return Runs(cluster, base_config)
+
+
+@pytest.fixture(scope="session")
+def unbroken(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run on two nodes under ZeRO-2 that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    runs.cluster.wait(runs.submit(runs.values(run_dir)), "COMPLETED")
+    return run_dir

@@ -1,0 +1,50 @@
+"""Disturb the ranks of a run as ``brake.json`` beside this file says; for tests only.
+
+lives: how many lives of the job are disturbed, the first ones
+from_step, step_s: each step from this one on takes so many seconds longer
+hold_save: rank 0 waits in the save of this step until ``RUN/release`` exists
+kill_at, nan_at: rank 1 dies by SIGKILL, or every rank finds NaN, in this step
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def disturb(plan: dict) -> None:
+    """Put the disturbances before the steps and saves of this rank."""
+    from trainer import loop
+    from trainer.engine import checkpoint
+    from trainer.errors import NumericsError
+
+    rank, train_step, write_rank = os.environ["SLURM_PROCID"], loop.TrainStage.train_step, None
+    run_dir = Path(__file__).resolve().parents[1]
+
+    def braked_step(self, step, batches):
+        if step >= plan.get("from_step", 1e9):
+            time.sleep(plan["step_s"])
+        if step == plan.get("kill_at") and rank == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == plan.get("nan_at"):
+            raise NumericsError(f"loss is NaN at step {step}")
+        return train_step(self, step, batches)
+
+    def held_write(engine, aside):
+        if f"step_{plan.get('hold_save', -1):08d}" in aside.name and rank == "0":
+            (run_dir / "held").touch()
+            while not (run_dir / "release").exists():
+                time.sleep(0.1)
+        write_rank(engine, aside)
+
+    write_rank = checkpoint._write_rank
+    loop.TrainStage.train_step, checkpoint._write_rank = braked_step, held_write
+
+
+file = Path(__file__).with_name("brake.json")
+if file.exists() and "run" in sys.orig_argv and "SLURM_PROCID" in os.environ:
+    found = json.loads(file.read_text())
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < found["lives"]:
+        disturb(found)

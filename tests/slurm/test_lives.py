@@ -1,0 +1,150 @@
+"""Runs on two nodes that are stopped, preempted, killed or cut off end like an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from cluster_runs import Runs, hash_folder, read_step, wait_until
+from training_support import largest_difference, read_losses, read_masters
+
+from trainer.engine.committed import list_steps
+from trainer.lives import newest_step, read_lives
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+SLOW = {"from_step": 7, "step_s": 1.0}
+
+
+def check_like(unbroken: Path, run_dir: Path) -> None:
+    """Check that weights and losses of a run are, bit for bit, those of the unbroken one."""
+    assert read_losses(run_dir) == read_losses(unbroken)
+    assert largest_difference(read_masters(run_dir), read_masters(unbroken)) == 0.0
+
+
+def reasons(run_dir: Path) -> list[tuple[Any, ...]]:
+    """Return of each life its first step, exit code and what was decided then."""
+    return [
+        (life.get("first_step"), life.get("exit_code"), life.get("decision"))
+        for life in read_lives(run_dir)
+    ]
+
+
+def test_a_run_on_two_nodes(unbroken: Path) -> None:
+    assert newest_step(unbroken) == 16 and len(read_losses(unbroken)) == 16
+    [life] = read_lives(unbroken)
+    assert (life["launcher"], life["world_size"], life["exit_code"]) == ("slurm", 2, 0)
+    manifest = json.loads((list_steps(unbroken / "checkpoints")[0] / "manifest.json").read_text())
+    assert len([name for name in manifest["files"] if name.startswith("rank_")]) == 2
+
+
+def test_the_time_limit_is_survived(
+    runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = runs.submit(runs.values(run_dir, time="00:02:00"), lives=1, from_step=7, step_s=3.0)
+    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    cluster.call("scontrol", "update", f"jobid={job}", "timelimit=1")  # the signal comes now
+    cluster.wait_for_restart(job)
+    cluster.wait(job, "COMPLETED")
+    first, last = reasons(run_dir)
+    assert first[1:] == (75, "requeue") and 7 <= last[0] < 16 and last[1:] == (0, "done")
+    check_like(unbroken, run_dir)
+
+
+def test_preemption_is_survived(
+    runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = runs.submit(runs.values(run_dir), **SLOW)
+    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    urgent = cluster.submit(
+        "#!/bin/bash\nsleep 3\n", "--account=ENT109001", "--partition=express", "--nodes=4",
+        "--gres=gpu:2", "--output=/dev/null",
+    )  # fmt: skip
+    cluster.wait(urgent, "COMPLETED")
+    cluster.wait(job, "COMPLETED")
+    assert cluster.show(job)["Restarts"] == "1"
+    first, last = reasons(run_dir)
+    assert first[1] == 75 and last[0] >= 7 and last[1:] == (0, "done")
+    check_like(unbroken, run_dir)
+
+
+def test_a_cancelled_run_saves_and_can_be_submitted_again(
+    runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    values = runs.values(run_dir)
+    job = runs.submit(values, **SLOW)
+    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    cluster.cancel(job)
+    assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
+    wait_until(lambda: not runs.ranks(run_dir), "the ranks to end")
+    assert 7 <= newest_step(run_dir) < 16
+    cluster.wait(runs.submit(values), "COMPLETED")
+    check_like(unbroken, run_dir)
+
+
+def test_a_killed_rank_is_survived(
+    runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = runs.submit(runs.values(run_dir), **SLOW)
+    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    *_, [victim] = runs.ranks(run_dir).values()
+    os.kill(victim, signal.SIGKILL)
+    cluster.wait(job, "COMPLETED")
+    assert cluster.show(job)["Restarts"] == "1"
+    first, last = reasons(run_dir)
+    assert first[2] == "requeue" and last == (5, 0, "done")
+    check_like(unbroken, run_dir)
+
+
+def test_a_crash_loop_ends(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    values = runs.values(run_dir, max_lives_without_progress=2)
+    job = runs.submit(values, lives=99, kill_at=0)
+    shown = cluster.wait(job, "FAILED")
+    assert shown["Restarts"] == "1"
+    assert [life[2] for life in reasons(run_dir)] == ["requeue", "give up"]
+    assert "committed no checkpoint" in Path(shown["StdOut"]).read_text()
+
+
+def test_what_a_retry_would_repeat_is_not_retried(
+    runs: Runs, cluster: Cluster, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = runs.submit(runs.values(run_dir), lives=99, nan_at=2)
+    shown = cluster.wait(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "76:0")
+    assert reasons(run_dir) == [(0, 76, "give up")]
+
+
+def test_a_lost_node_is_replaced_and_its_ranks_cannot_write_any_more(
+    runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
+) -> None:
+    if cluster.variant == "simple":
+        pytest.skip("a node without a network of its own cannot be cut off")
+    run_dir = tmp_path / "run"
+    job = runs.submit(runs.values(run_dir), lives=1, hold_save=10)
+    wait_until((run_dir / "held").exists, "rank 0 to be in its save")
+    lost = cluster.show(job)["BatchHost"]
+    cluster.cut(lost)
+    try:
+        cluster.wait_for_restart(job)
+        cluster.wait(job, "COMPLETED")
+        check_like(unbroken, run_dir)
+        first, last = read_lives(run_dir)
+        assert last["first_step"] == 5 and last["token"] > first["token"]
+        [zombie] = runs.ranks(run_dir)[lost]
+        before = hash_folder(run_dir / "checkpoints"), (run_dir / "metrics.jsonl").read_bytes()
+        (run_dir / "release").touch()
+        wait_until(lambda: not runs.ranks(run_dir).get(lost), f"process {zombie} to end")
+        now = hash_folder(run_dir / "checkpoints"), (run_dir / "metrics.jsonl").read_bytes()
+        assert now == before
+    finally:
+        cluster.restore(lost)
