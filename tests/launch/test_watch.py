@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import pytest
 import yaml
 from run_folders import RunFolder, fake_commands
 
+from launch import logs
+from launch.__main__ import dispatch
 from launch.graph.state import PipelineState, StepState, write_state
 from launch.monitor.queue import Queue
 from launch.watch import Watch, follow, main
@@ -238,6 +241,27 @@ def test_verbs_of_a_login_node_import_nothing_heavy(runs: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     )
     assert done_process.stdout.endswith("HEAVY []\n"), done_process.stdout + done_process.stderr
+
+
+def test_commands_of_the_page(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(runs.parent / "RUN", time.time()).life(60).train(400, 10).save(400, 5).end(5, 0)
+    monkeypatch.chdir(runs.parent)
+    text = (ROOT / "docs" / "watch.md").read_text("utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    verbs = set()
+    for line in lines:
+        words = shlex.split(line.partition(" | ")[0], comments=True)[1:]
+        verbs.add(words[0])
+        if "--follow" in words:
+            logs.parse(words[1:])  # it would never end
+        else:
+            assert dispatch(words) == 0, line
+    assert verbs == {"watch", "logs", "stop", "resume"} and (runs.parent / "page.html").exists()
+    last = json.loads("{" + capsys.readouterr().out.rpartition("\n{\n")[2])
+    assert last["runs"][0]["state"] == "finished"
 
 
 def test_the_stop_file_is_the_one_that_ranks_look_for() -> None:
