@@ -132,6 +132,19 @@ def judge(facts: FolderFacts, is_run_folder: bool = False) -> list[Finding]:
     return findings + _judge_refusals(facts, where, is_run_folder)
 
 
+def judge_room(facts: FolderFacts, planned_bytes: float) -> list[Finding]:
+    """Judge whether what a run will keep fits into the bytes that are free."""
+    if facts.free_bytes is None or not planned_bytes:
+        return []
+    need, free = f"{planned_bytes / 1e9:.1f} GB", f"{facts.free_bytes / 1e9:.1f} GB"
+    if facts.free_bytes >= planned_bytes:
+        return [ok(TOPIC, f"{facts.purpose}: room for the {need} of checkpoints that are planned")]
+    what = f"{facts.purpose} {facts.path}: {free} free, checkpoints will take {need}"
+    why = "the save that no longer fits ends the run; what was saved before stays"
+    remedy = "make room, choose another run_dir, or keep fewer (loop.keep_last, loop.keep_every)"
+    return [error(TOPIC, what, why, remedy)]
+
+
 def _judge_speed(facts: FolderFacts, where: str) -> Finding:
     assert facts.mb_per_s is not None and facts.free_bytes is not None
     what = f"{where}: {facts.mb_per_s:.0f} MB/s with fsync, {facts.free_bytes / 1e9:.1f} GB free"

@@ -175,6 +175,7 @@ def read(folder: Path) -> list[Finding]:
             ranks=read_lines(line for path in _outputs(folder) for line in _lines(path)),
             wait_s=plan.wait_s,
             profile_gb_per_s=plan.profile_gb_per_s,
+            expects_gpu=plan.expects_gpu,
             complaints={node: _complaint(folder / NODES / f"{node}.err") for node in nodes},
         )
     )

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from launch.checks import artefacts, devices, files, network, packages, quota, scheduler
 from launch.checks.finding import Finding
+from launch.planning import plan_config
 from trainer.config import ClusterConfig, RunConfig
+from trainer.errors import ConfigError
 
 
 def examine(config: RunConfig) -> list[Finding]:
@@ -29,13 +31,24 @@ def examine(config: RunConfig) -> list[Finding]:
 
 def examine_folders(config: RunConfig, with_scratch: bool) -> list[Finding]:
     """Judge the folders of a run; node-local scratch is there on compute nodes only."""
-    findings = files.judge(files.gather("run folder", Path(config.run_dir)), is_run_folder=True)
+    run_folder = files.gather("run folder", Path(config.run_dir))
+    findings = files.judge(run_folder, is_run_folder=True)
+    findings += files.judge_room(run_folder, planned_bytes(config))
     findings += files.judge(files.gather("token stores", Path(config.data.store_dir)))
     findings += files.judge(files.gather("home", Path.home()))
     scratch = config.cluster.site.local_scratch
     if with_scratch and scratch is not None:
         findings += files.judge(files.gather("node-local scratch", Path(scratch)))
     return findings
+
+
+def planned_bytes(config: RunConfig) -> float:
+    """Return what all checkpoints of a run will take; 0 when its model cannot be planned."""
+    try:
+        plan = plan_config(config)
+    except ConfigError:  # the model's files are missing, which the check of artefacts tells
+        return 0.0
+    return plan.disk_bytes if plan else 0.0
 
 
 def needs_gpus(cluster: ClusterConfig) -> bool:

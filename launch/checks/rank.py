@@ -56,8 +56,10 @@ class Rank:
         self.tell("interface", self._choose_interface())
         if self.is_first:
             for purpose, path in self._folders().items():
-                self.tell("folder", dataclasses.asdict(look(purpose, Path(path))))
+                folder = Path(os.path.expandvars(path))  # as jobs use cluster.site.local_scratch
+                self.tell("folder", dataclasses.asdict(look(purpose, folder)))
         self.tell("device", name_device(self.device))
+        self.tell("has_gpu", self.device.type == "cuda")
         self.tell("tflops", rates.matmul_tflops(self.device))
         self.tell("memory_gb_per_s", rates.memory_gb_per_s(self.device))
 

@@ -43,6 +43,7 @@ class RankReport:
     Attributes:
         rank, node, local_rank: its place.
         device: name of its GPU or CPU.
+        has_gpu: whether it computes on one; None before it looked.
         tflops, memory_gb_per_s: of its device; None until it has measured.
         folders: those of its node, from the node's first rank.
         interface: problem with the profile's network interface; empty when there is none.
@@ -58,6 +59,7 @@ class RankReport:
     node: str
     local_rank: int
     device: str = ""
+    has_gpu: bool | None = None
     tflops: float | None = None
     memory_gb_per_s: float | None = None
     folders: list[FolderFacts] = field(default_factory=list)

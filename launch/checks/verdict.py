@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from launch.checks import files, link_verdict
-from launch.checks.finding import Finding, error, ok
+from launch.checks.finding import Finding, error, ok, warning
 from launch.checks.median import laggards, level_of, spread
 from launch.checks.report import RankReport
 
@@ -26,6 +27,7 @@ class Reports:
         ranks: reports by rank; those that never came are missing.
         wait_s: how long a silent node was waited for.
         profile_gb_per_s: of a node to others, by the profile; None if unknown.
+        expects_gpu: whether ranks compute on GPUs, by the profile.
         complaints: what Slurm, or Python, said last on the standard error of a node's ranks.
     """
 
@@ -34,6 +36,7 @@ class Reports:
     ranks: Mapping[int, RankReport]
     wait_s: float
     profile_gb_per_s: float | None = None
+    expects_gpu: bool = False
     complaints: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -56,6 +59,7 @@ def judge(reports: Reports) -> list[Finding]:
     return [
         *_judge_presence(reports),
         *_judge_problems(reports),
+        *_judge_devices(reports),
         *_judge_interfaces(reports),
         *_judge_folders(reports),
         *_judge_shared(reports),
@@ -121,6 +125,27 @@ def _judge_problems(reports: Reports) -> list[Finding]:
 def _reason(reports: Reports, node: str) -> str:
     problems = [r.problem for r in reports.ranks.values() if r.node == node and r.problem]
     return problems[0] if problems else ""
+
+
+def _judge_devices(reports: Reports) -> list[Finding]:
+    """Say what computes, and name nodes that lack GPUs, or have others than most."""
+    names = Counter(report.device for report in reports.ranks.values() if report.device)
+    if not names:
+        return []
+    findings = [ok(TOPIC, ", ".join(f"{count} x {name}" for name, count in names.items()))]
+    blind = {
+        r.node: "" for r in reports.ranks.values() if reports.expects_gpu and r.has_gpu is False
+    }
+    if blind:
+        what = f"{', '.join(blind)}: no GPU is visible"
+        why = "the profile has GPUs; ranks there would compute on the CPU, and all others wait"
+        remedy = "ask for them (cluster.site.gres); see nvidia-smi and `kuroshio doctor` there"
+        findings.append(Finding(TOPIC, "error", what, why, remedy, _some(reports, blind)))
+    elif len(names) > 1:
+        why = "every step waits for the slowest of them"
+        remedy = "keep to nodes of one kind, by partition or cluster.exclude"
+        findings.append(warning(TOPIC, "devices of several kinds", why, remedy))
+    return findings
 
 
 def _judge_interfaces(reports: Reports) -> list[Finding]:
@@ -231,8 +256,7 @@ def _judge_rates(reports: Reports, what: str, unit: str, key: str) -> list[Findi
     known = {rank: value for rank, value in values.items() if value is not None}
     if not known:
         return []
-    device = next(report.device for report in reports.ranks.values())
-    findings = [ok(TOPIC, f"{what}, {len(known)} x {device}: {spread(known, unit)}")]
+    findings = [ok(TOPIC, f"{what}, {len(known)} devices: {spread(known, unit)}")]
     for rank, share in laggards(known).items():
         report = reports.ranks[rank]
         place = f"{report.node}: device {report.local_rank}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.checks import quota
-from launch.checks.files import FolderFacts, gather, judge, nearest_folder, skew_between
+from launch.checks.files import FolderFacts, gather, judge, judge_room, nearest_folder, skew_between
 from launch.checks.quota import QuotaFacts, parse_table
 
 FINE = FolderFacts("run folder", "/work/me", "", 10**12, 10**6, 400.0, 0.01, {})
@@ -35,6 +35,16 @@ def test_judge(changes: dict[str, object], level: str, words: str) -> None:
     bad = [f for f in found if f.level != "ok"]
     assert [f.level for f in bad] == ([] if level == "ok" else [level])
     assert words in " ".join(f"{f.what} {f.why}" for f in bad)
+
+
+@pytest.mark.parametrize(
+    ("planned", "free", "levels"),
+    [(0.0, 10, []), (4e9, 5 * 10**9, ["ok"]), (6e9, 5 * 10**9, ["error"]), (6e9, None, [])],
+)
+def test_room_for_planned_checkpoints(planned: float, free: int | None, levels: list[str]) -> None:
+    found = judge_room(replace(FINE, free_bytes=free), planned)
+    assert [f.level for f in found] == levels
+    assert not found or "6.0 GB" in found[0].what or "4.0 GB" in found[0].what
 
 
 def test_only_run_folders_need_links() -> None:

@@ -104,7 +104,7 @@ def test_folder_of_a_job_that_never_began(tmp_path: Path) -> None:
     (tmp_path / "first_node").write_text("n7\n")
     (found,) = job.read(tmp_path)
     assert found.nodes == ("n7",) and found.what.startswith("n7: ")
-    with pytest.raises(ConfigError, match="no readable plan.json"):
+    with pytest.raises(ConfigError, match="no readable plan"):
         job.read(tmp_path / "absent")
 
 

@@ -29,7 +29,7 @@ def healthy(found: list[LinkFacts] | None = None, nodes: tuple[str, ...] = NODES
     for rank in range(2 * len(nodes)):
         node, first = nodes[rank // 2], rank % 2 == 0
         ranks[rank] = RankReport(
-            rank, node, rank % 2, "GPU", 100.0, 2000.0,
+            rank, node, rank % 2, "GPU", True, 100.0, 2000.0,
             folders=[FOLDER] if first else [],
             clock_s=None if rank == 0 else (0.001, 0.002),
             sees_run_folder=True if first else None,
@@ -81,6 +81,13 @@ CASES = {
     "slow device": (changed(7, tflops=30.0), "error", ["n4"], "n4: device 1: matrix"),
     "slowish device": (changed(7, tflops=70.0), "warning", ["n4"], "70% of the median"),
     "slow memory": (changed(2, memory_gb_per_s=900.0), "error", ["n2"], "memory 900 GB/s"),
+    "no GPU": (
+        replace(changed(3, has_gpu=False), expects_gpu=True),
+        "error",
+        ["n2"],
+        "n2: no GPU is visible",
+    ),
+    "CPU nodes": (changed(3, has_gpu=False, device="CPU"), "warning", [], "several kinds"),
     "no interface": (changed(2, interface="ib0 is down"), "error", ["n2"], "ib0 is down"),
     "read-only folder": (changed(4, folders=[SICK]), "error", ["n3"], "cannot be written"),
     "slow disk": (
