@@ -104,6 +104,8 @@ def _planned(checked: Draft) -> list[str]:
     if plan.hours is not None:
         jobs = f" = {plan.num_jobs} lives" if (plan.num_jobs or 1) > 1 else ""
         lines.append(f"plan      {plan.hours:,.1f} hours{jobs}, {plan.gpu_hours:,.0f} GPU-hours")
+    for cost in plan.costs:
+        lines.append(f"price     {cost.currency} {cost.amount:,.0f} ({cost.who}; {cost.source})")
     return lines + [f"remark    {remark}" for remark in plan.remarks]
 
 

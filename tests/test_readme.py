@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COPIED = ("launch", "trainer", "tokenizer", "conf", "samples", "tests", "benchmarks")
+COPIED = ("launch", "trainer", "tokenizer", "conf", "slurm", "samples", "tests", "benchmarks")
 COPIED_FILES = ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "README.md")
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
