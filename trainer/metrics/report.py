@@ -17,6 +17,7 @@ from trainer.metrics.console import show_count, show_duration
 from trainer.metrics.formats import show_number, show_setting, show_share, show_text, show_time
 from trainer.metrics.history import RECORD_KEYS, Record, Run, load_run
 from trainer.metrics.life import build_life, read_time
+from trainer.metrics.planned import compare_plan
 from trainer.metrics.run_charts import draw_charts, source_names
 from trainer.metrics.run_facts import read_run
 
@@ -33,12 +34,15 @@ COMPARED = {
 }
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
+def write_report(
+    run_dir: Path, out: Path | None = None, plan: Mapping[str, Any] | None = None
+) -> Path:
     """Write the page of a run.
 
     Args:
         run_dir: the run's folder.
         out: HTML file; None = ``RUN/report.html``.
+        plan: of the run, as plain data; None takes the one made at submission.
 
     Returns:
         The path of the page.
@@ -47,7 +51,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         ConfigError: when the folder is not a run's.
         StorageError: when the page cannot be written.
     """
-    page = render_report(load_run(run_dir))
+    page = render_report(load_run(run_dir), plan)
     out = run_dir / "report.html" if out is None else out
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -61,8 +65,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     return out
 
 
-def render_report(run: Run) -> str:
-    """Return the page as HTML."""
+def render_report(run: Run, plan: Mapping[str, Any] | None = None) -> str:
+    """Return the page as HTML; ``plan`` as for ``write_report``."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -93,6 +97,7 @@ def render_report(run: Run) -> str:
         eval_columns=recorded,
         mixture=tabulate(run.event("mixture")),
         jobs=summarise_jobs(facts, read_time(run.event("time_limit").get("at"))),
+        planned=compare_plan(run, facts, plan),
         life_columns=LIFE_COLUMNS,
         lives=tabulate_lives(run.lives, [build_life(life) for life in run.lives]),
         problems=facts.problems,
