@@ -112,6 +112,7 @@ def record(
     facts = {
         "job_ids": [*read_submission(run_dir).get("job_ids", []), number],
         "submitted": utc_now(),
+        "directory": str(Path.cwd()),  # what relative paths of the config mean
         "cluster": config.cluster.site.name,
         "parents": list(job.parents),
         "changes": dict(changes),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import sbatch
+from launch import ROOT, sbatch
 from launch.monitor.queue import Queue
 from launch.monitor.state import State, judge, newest_job
 from launch.run_folder import writing
@@ -42,10 +42,13 @@ def main(argv: Sequence[str]) -> int:
     if state.word == "finished":
         print(f"{run_dir} is finished at step {facts.step}: nothing to do")
         return 0
+    directory = find_directory(facts)
+    run_dir = run_dir.absolute()
+    os.chdir(directory)
     # A request that came when nothing ran any more would stop the new life at once.
     (run_dir / STOP_NAME).unlink(missing_ok=True)
     if (run_dir / SCRIPT_NAME).is_file():
-        return submit_again(facts)
+        return submit_again(facts, run_dir)
     if facts.job_ids and facts.submission:  # a task of a sweep, whose script is for all of them
         raise ConfigError(
             f"{run_dir} was submitted as one of several (job {facts.job_ids[-1]}), so it has no "
@@ -72,14 +75,30 @@ def refuse_living(facts: RunFacts, state: State, queue: Queue) -> None:
     )
 
 
-def submit_again(facts: RunFacts) -> int:
+def find_directory(facts: RunFacts) -> Path:
+    """Return the directory that the run was started in: relative paths of its config mean that.
+
+    Raises:
+        ConfigError: when it is gone.
+    """
+    known = [life.directory for life in facts.lives if life.directory]
+    name = str(facts.submission.get("directory") or (known[-1] if known else "."))
+    if not Path(name).is_dir():
+        raise ConfigError(
+            f"{facts.run_dir} was started in {name}, which does not exist (any more): relative "
+            "paths of its config are seen from there; bring it back, or go to where the data is and "
+            f"use `kuroshio run --config` or `kuroshio submit --config` with its {CONFIG_NAME}"
+        )
+    return Path(name)
+
+
+def submit_again(facts: RunFacts, run_dir: Path) -> int:
     """Submit the script that the run was submitted with, and note the new job in the folder.
 
     Raises:
         ConfigError: when there is no Slurm here, or it refuses.
         StorageError: when the folder cannot be written.
     """
-    run_dir = facts.run_dir
     sbatch.require_slurm(str(facts.submission.get("cluster") or "slurm"))
     number = sbatch.submit_script(run_dir / SCRIPT_NAME)
     jobs = [*(facts.submission.get("job_ids") or []), number]
@@ -102,4 +121,6 @@ def run_here(run_dir: Path) -> int:
         raise ConfigError(f"{run_dir} has no {CONFIG_NAME}, so nobody can tell what to resume")
     sys.stdout.flush()
     # This process imports nothing heavy; the run takes its place, with its signals and exit code.
-    os.execv(sys.executable, [sys.executable, "-m", "launch", "run", "--config", str(config)])
+    words = [sys.executable, "-m", "launch", "run", "--config", str(config)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # we may have moved away
+    os.execve(sys.executable, words, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})

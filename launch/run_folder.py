@@ -162,6 +162,7 @@ def record_life(
         **slurm_life(os.environ),
         "launcher": launcher,
         "world_size": world_size,
+        "directory": str(Path.cwd()),  # what relative paths of the config mean
         "first_step": newest_step(run_dir),
         "changes": dict(changes),
     }

@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 from run_folders import RunFolder, fake_commands
 
-from launch import resume, stop
+from launch import ROOT, resume, stop
 from launch.graph.state import PipelineState, StepState, write_state
 from trainer.errors import ConfigError, StorageError
 
 RUNNING = "7|7|RUNNING|N/A|N/A|None|n[1-2]"
 PENDING = "7|7|PENDING|N/A|N/A|Priority|"
+
+
+@pytest.fixture(autouse=True)
+def _stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path.cwd())  # brought back after the test: resume goes elsewhere
 
 
 @pytest.fixture
@@ -150,6 +155,25 @@ def test_resume_submits_the_script_again(
     assert f"job 99 resumes {run.path} at step 100" in capsys.readouterr().out
 
 
+def test_resume_goes_back_to_where_the_run_was_started(
+    run: RunFolder, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths of data are seen from there."""
+    there = tmp_path / "there"
+    there.mkdir()
+    run.end(60, 75).submitted("7", directory=str(there))
+    (run.path / "job.sbatch").touch()
+    fake_commands(slurm, squeue="", sbatch="99")
+    (slurm / "sbatch").write_text(f"#!/bin/sh\npwd > {slurm}/where\necho 99\n")
+    monkeypatch.chdir(run.path.parent)
+    assert resume.main(["run"]) == 0
+    assert (slurm / "where").read_text().strip() == str(there)
+    monkeypatch.chdir(run.path.parent)
+    run.submitted("7", directory="/nowhere/at/all")
+    with pytest.raises(ConfigError, match="was started in /nowhere/at/all, which does not exist"):
+        resume.main(["run"])
+
+
 def test_resume_of_a_task_of_a_sweep(run: RunFolder, slurm: Path) -> None:
     run.end(60, 75).submitted("7_1")
     fake_commands(slurm, squeue="")
@@ -166,12 +190,16 @@ def test_resume_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_resume_of_a_local_run_becomes_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunFolder(tmp_path / "local", time.time()).life(60).train(5, 10).end(1, 75)
+    run = RunFolder(tmp_path / "local", time.time()).train(5, 10)
+    run.life(60, directory=str(tmp_path)).end(1, 75)
+    monkeypatch.chdir("/")
     became: list[Any] = []
-    monkeypatch.setattr(os, "execv", lambda *words: became.append(words))
+    monkeypatch.setattr(os, "execve", lambda *words: became.append(words))
     resume.main([str(run.path)])
     words = [sys.executable, "-m", "launch", "run", "--config", str(run.path / "config.yaml")]
-    assert became == [(sys.executable, words)]
+    (program, called, environ) = became[0]
+    assert (program, called) == (sys.executable, words) and Path.cwd() == tmp_path
+    assert environ["PYTHONPATH"].startswith(str(ROOT))
 
 
 def test_resume_of_a_local_run_that_lives(tmp_path: Path) -> None:

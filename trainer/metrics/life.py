@@ -29,6 +29,7 @@ class Life:
     job: str | None
     restart: int
     launcher: str
+    directory: str  # it started in
     world_size: int | None
     exit_code: int | None
     step: int | None  # of the newest checkpoint at its end
@@ -65,6 +66,7 @@ def build_life(record: Mapping[str, Any]) -> Life:
         job=None if job is None else str(job),
         restart=_whole(record.get("restart")) or 0,
         launcher=str(record.get("launcher") or ""),
+        directory=str(record.get("directory") or ""),
         world_size=_whole(record.get("world_size")),
         exit_code=_whole(record.get("exit_code")),
         step=_whole(record.get("step")),
