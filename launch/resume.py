@@ -86,8 +86,8 @@ def find_directory(facts: RunFacts) -> Path:
     if not Path(name).is_dir():
         raise ConfigError(
             f"{facts.run_dir} was started in {name}, which does not exist (any more): relative "
-            "paths of its config are seen from there; bring it back, or go to where the data is and "
-            f"use `kuroshio run --config` or `kuroshio submit --config` with its {CONFIG_NAME}"
+            "paths of its config are seen from there; bring it back, or go to where the data is "
+            f"and use `kuroshio run --config` or `kuroshio submit --config` with its {CONFIG_NAME}"
         )
     return Path(name)
 

@@ -91,7 +91,7 @@ def test_a_job_that_waits_is_cancelled(runs: Runs, cluster: Cluster, tmp_path: P
     assert login.call("resume").returncode == 78
     assert f"job {job} waited and is cancelled" in login.say("stop")
     cluster.wait(job, "CANCELLED")
-    assert login.watch()["state"] == "failed"
+    assert login.watch()["state"] == "stopped"
     assert cluster.show(first)["JobState"] == "PENDING"  # nobody else's job was touched
     again = login.say("resume").split()[1]
     assert int(again) > int(job) and login.watch()["state"] in ("pending", "running")

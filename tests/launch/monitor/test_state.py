@@ -33,7 +33,8 @@ def test_before_the_first_life(run: RunFolder, tmp_path: Path) -> None:
     assert state(run, replace(PENDING, reason="JobHeldUser")) == State("held", "JobHeldUser")
     assert state(run, RUNNING) == State("running", "")
     assert state(run, replace(RUNNING, state="CONFIGURING")).note == "configuring"
-    assert state(run, FAILED) == State("failed", "job 7 FAILED before the run began")
+    assert state(run, FAILED) == State("failed", "job 7 FAILED before it began to run")
+    assert state(run, replace(FAILED, state="CANCELLED")).word == "stopped"
     assert state(run).word == "failed"  # Slurm was asked and knows nothing of it
     assert judge(read_run(run.path, NOW), None) == State("submitted", "")
     assert judge(read_run(RunFolder(tmp_path / "b", NOW).path, NOW), None) == State("new", "")
@@ -83,6 +84,12 @@ def test_without_a_lease_records_show_life(tmp_path: Path) -> None:
     facts = read_run(run.path, NOW)
     assert judge(facts, None).word == "running"
     assert judge(replace(facts, now=NOW + 100), None).word == "lost"
+
+
+def test_a_job_that_failed_before_its_first_life(run: RunFolder) -> None:
+    run.submitted("7", "8").life(90, job="7").end(60, 75, reason="stopped")
+    assert state(run, replace(FAILED, number="8")).note == "job 8 FAILED before it began to run"
+    assert state(run, FAILED) == State("stopped", "stopped")
 
 
 def test_a_second_job_counts_before_one_that_is_over(run: RunFolder) -> None:
