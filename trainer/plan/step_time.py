@@ -12,6 +12,7 @@ from trainer.plan.memory import EnginePlan
 from trainer.plan.speed import (
     ADAM_BYTES,
     ADAM_BYTES_PER_S_PER_CORE,
+    ADAPTER_FACTOR,
     UNPACKING_FACTOR,
     compute_seconds,
     decoding_seconds,
@@ -45,6 +46,8 @@ def step_time(
     share = _efficiency(machine, efficiency, remarks)
     computing = compute_seconds(flops, machine.gpu, engine.precision, share, machine.num_gpus)
     before = compute_seconds(once, machine.gpu, engine.precision, share, machine.num_gpus)
+    if computing is not None and any(m.tuning and m.tuning.adapts for m in work.models):
+        computing *= ADAPTER_FACTOR
     if computing is not None and any(m.quantization for m in work.models):
         computing *= UNPACKING_FACTOR
     traffic = step_traffic(
