@@ -152,12 +152,15 @@ def start_ranks(values: dict[str, Any]) -> int:
             "task per GPU with srun, or torchrun or mpiexec on every node"
         )
     command = [sys.executable, "-m", "launch", "run", "--config", "-"]
-    if config.stage["name"] in SINGLE_PROCESS:
-        return local.run_ranks(command, 1, json.dumps(values))
-    grad_accum_steps(config, config.cluster.gpus_per_node)
-    if config.data.sources:
-        ensure_prepared(config)  # here, where no rank waits for it behind a collective timeout
-    return local.run_ranks(command, config.cluster.gpus_per_node, json.dumps(values))
+    num_ranks = 1
+    if config.stage["name"] not in SINGLE_PROCESS:
+        num_ranks = config.cluster.gpus_per_node
+        grad_accum_steps(config, num_ranks)
+        if config.data.sources:
+            ensure_prepared(config)  # here, where no rank waits for it behind a collective timeout
+    code = local.run_ranks(command, num_ranks, json.dumps(values))
+    tenancy.record_silent_end(Path(config.run_dir), code)
+    return code
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

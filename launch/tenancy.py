@@ -136,6 +136,16 @@ def record_end(
     return True
 
 
+def record_silent_end(run_dir: Path, exit_code: int) -> None:
+    """Record the end of a life on this machine whose rank 0 could not: it was killed."""
+    holder = read_holder(run_dir)
+    if holder is None or holder.has_ended or not holder.process.is_visible():
+        return
+    if not holder.process.is_alive():
+        reason = f"the ranks were killed before one could say why (exit {exit_code})"
+        record_end(run_dir, holder.token, os.environ, exit_code=exit_code, reason=reason)
+
+
 @dataclass
 class Stay:
     """A rank's stay in a run folder.
