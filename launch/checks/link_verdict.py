@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from launch.checks.finding import Finding, ok
-from launch.checks.median import laggards, late, level_of, spread
+from launch.checks.median import figure, laggards, late, level_of, spread
 from launch.checks.report import LinkFacts
 
 TOPIC = "links"
@@ -89,7 +89,7 @@ def _judge_within(backend: str, links: Sequence[LinkFacts]) -> list[Finding]:
         Finding(
             TOPIC,
             level_of(share),
-            f"{node}: {speeds[node]:.3g} GB/s among its own ranks, {share:.0%} of the median",
+            f"{node}: {figure(speeds[node])} GB/s among its own ranks, {share:.0%} of the median",
             "ranks of one node exchange gradients most; all others wait for this one",
             EXCLUDE,
             (node,),
@@ -122,31 +122,33 @@ def _judge_pairs(backend: str, pairs: Sequence[LinkFacts], expected: float | Non
         findings += [_slow_link(pair, well[pair], share) for pair, share in laggards(well).items()]
     middle = statistics.median(speeds.values())
     if expected is not None and middle < PROFILE_SHARE * expected:
-        what = f"{backend} between nodes: {middle:.3g} GB/s, the profile says {expected:.3g}"
+        what = (
+            f"{backend} between nodes: {figure(middle)} GB/s, the profile says {figure(expected)}"
+        )
         why = "collectives take another way than the network they should"
         findings.append(Finding(TOPIC, "warning", what, why, CABLE))
     return findings
 
 
 def _slow_node(node: str, speed: float, share: float) -> Finding:
-    what = f"{node}: its best link has {speed:.3g} GB/s, {share:.0%} of the median node's"
+    what = f"{node}: its best link has {figure(speed)} GB/s, {share:.0%} of the median node's"
     why = "every step waits for the slowest node's gradients"
     return Finding(TOPIC, level_of(share), what, why, EXCLUDE, (node,))
 
 
 def _late_node(node: str, latency: float, factor: float) -> Finding:
-    what = f"{node}: its quickest link takes {latency:.3g} µs, {factor:.1f} times the median"
+    what = f"{node}: its quickest link takes {figure(latency)} µs, {factor:.1f} times the median"
     why = "small collectives, of which a step has hundreds, wait for it"
     return Finding(TOPIC, "warning", what, why, EXCLUDE, (node,))
 
 
 def _slow_link(pair: tuple[str, ...], speed: float, share: float) -> Finding:
-    what = f"{' - '.join(pair)}: {speed:.3g} GB/s, {share:.0%} of the median link"
+    what = f"{' - '.join(pair)}: {figure(speed)} GB/s, {share:.0%} of the median link"
     why = "both nodes are quick with others: a cable or a switch port between the two"
     remedy = "leave out either of them if jobs that have both are slow; report the link"
     return Finding(TOPIC, "warning", what, why, remedy)
 
 
 def _describe_all(link: LinkFacts) -> Finding:
-    speed = f"{link.gb_per_s:.3g} GB/s, latency {link.latency_us:.3g} µs"
+    speed = f"{figure(link.gb_per_s)} GB/s, latency {figure(link.latency_us)} µs"
     return ok(TOPIC, f"{link.backend} among all {len(link.nodes)} nodes: {speed}")

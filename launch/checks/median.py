@@ -41,5 +41,10 @@ def spread(values: Mapping[K, float], unit: str) -> str:
     numbers = sorted(values.values())
     middle = statistics.median(numbers)
     if len(numbers) == 1:
-        return f"{middle:.3g} {unit}"
-    return f"{numbers[0]:.3g} to {numbers[-1]:.3g} {unit}, median {middle:.3g}"
+        return f"{figure(middle)} {unit}"
+    return f"{figure(numbers[0])} to {figure(numbers[-1])} {unit}, median {figure(middle)}"
+
+
+def figure(value: float) -> str:
+    """Return ``value`` with three digits, or all of its whole ones."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from launch.checks import files, link_verdict
 from launch.checks.finding import Finding, error, ok, warning
-from launch.checks.median import laggards, level_of, spread
+from launch.checks.median import figure, laggards, level_of, spread
 from launch.checks.report import RankReport
 
 TOPIC = "ranks"
@@ -260,7 +260,7 @@ def _judge_rates(reports: Reports, what: str, unit: str, key: str) -> list[Findi
     for rank, share in laggards(known).items():
         report = reports.ranks[rank]
         place = f"{report.node}: device {report.local_rank}"
-        text = f"{place}: {what} {known[rank]:.3g} {unit}, {share:.0%} of the median"
+        text = f"{place}: {what} {figure(known[rank])} {unit}, {share:.0%} of the median"
         why = "every step waits for the slowest rank"
         findings.append(Finding(TOPIC, level_of(share), text, why, EXCLUDE, (report.node,)))
     return findings
