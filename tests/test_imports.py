@@ -57,7 +57,14 @@ DOORS = {  # library -> the only module that imports it
     "mpi4py": "launch.rendezvous",
     "hydra": "launch.compose",
 }
-ONLY_LIBRARIES: dict[str, set[str]] = {"trainer.losses": {"torch"}, "trainer.plan": set()}
+ONLY_LIBRARIES: dict[str, set[str]] = {
+    "trainer.losses": {"torch"},
+    "trainer.plan": set(),
+    # What login nodes and the end of a job read.
+    "trainer.deadline": set(),
+    "trainer.lease": set(),
+    "trainer.lives": set(),
+}
 PROJECT = ("launch", "trainer", "tokenizer")
 
 
