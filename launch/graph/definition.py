@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from launch import ROOT
+from launch.graph.words import (
+    DIR,
+    REFERENCE,
+    Words,
+    flatten_words,
+    merge_words,
+    set_values,
+    split_words,
+)
 from trainer.config import build, nearest
 from trainer.errors import ConfigError
 
 FOLDER = ROOT / "conf" / "pipeline"
 Kind = Literal["run", "export", "tokenizer"]
-REFERENCE = re.compile(r"@\{(?P<name>[^}]*)\}")
-DIR = "dir"  # @{dir} = the pipeline's folder
 _STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+-]+")  # as it stands in overrides and job scripts
 _RESERVED = {"all", "steps", DIR}
@@ -75,16 +82,6 @@ class Pipeline:
         return [step for step in self.steps if step in found and step != name]
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The command line's words by what they are for."""
-
-    pipeline: str
-    folder: str | None
-    for_all: list[str]
-    for_one: dict[str, list[str]]
-
-
 def names(folder: Path = FOLDER) -> list[str]:
     """Return the pipelines there are."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
@@ -112,19 +109,17 @@ def read_pipeline(words: Sequence[str], absolute: bool = False, folder: Path = F
     steps = values.get("steps")
     if not isinstance(steps, dict) or not any("run" in (step or {}) for step in steps.values()):
         raise ConfigError(f"{file}: steps holds no run; name at least one step with `run`")
-    given = _split(words, steps)
+    given = split_words(words, steps)
     place = given.folder or str(values.get(DIR) or f"runs/{file.stem}")
     if absolute:
         place = str(Path(place).absolute())
     problems = _check_names(file, values, steps)
     if not _PLAIN_PATH.fullmatch(place):
         problems.append(f"dir={place!r}: use letters, digits and _ . / + - only")
-    built = [
-        step
-        for name, section in steps.items()
-        if (step := _build_step(file, str(name), section, given, Path(place), steps, problems))
-    ]
-    if problems:
+    reader = _Reader(file, Path(place), steps, given)
+    found = [reader.build(str(name), section) for name, section in steps.items()]
+    built = [step for step in found if step is not None]
+    if problems := problems + reader.problems:
         raise ConfigError("\n".join(problems))
     ordered = _in_order(file, {step.name: step for step in built})
     return Pipeline(file.stem, file, Path(place), tuple(words), ordered)
@@ -154,26 +149,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _split(words: Sequence[str], steps: Mapping[str, Any]) -> _Words:
-    """Sort the command line's words; an unknown STEP is left to the composition of every run."""
-    given = _Words("", None, [], {})
-    for word in words:
-        key, equals, value = word.partition("=")
-        step, dot, rest = key.lstrip("+~").partition(".")
-        if not equals and not word.startswith("~"):
-            raise ConfigError(f"{word!r} is neither KEY=VALUE nor STEP.KEY=VALUE")
-        if key == "pipeline":
-            given = replace(given, pipeline=value)
-        elif key == DIR:
-            given = replace(given, folder=value)
-        elif dot and step in steps:
-            sign = key[: len(key) - len(key.lstrip("+~"))]
-            given.for_one.setdefault(step, []).append(f"{sign}{rest}{equals}{value}")
-        else:
-            given.for_all.append(word)
-    return given
-
-
 def _check_names(file: Path, values: Mapping[str, Any], steps: Mapping[str, Any]) -> list[str]:
     known = ("dir", "words", "steps")
     problems = [
@@ -197,94 +172,57 @@ def _config_keys() -> set[str]:
     return {*values, *groups} - {"defaults"}
 
 
-def _build_step(
-    file: Path,
-    name: str,
-    section: Any,
-    given: _Words,
-    place: Path,
-    steps: Mapping[str, Any],
-    problems: list[str],
-) -> Step | None:
-    """Return a step, or None with its problems noted."""
-    where = f"{file}: steps.{name}"
-    kinds = ("run", "export", "tokenizer")
-    if not isinstance(section, dict) or len(section) != 1 or next(iter(section)) not in kinds:
-        problems.append(f"{where}: expected one of {', '.join(kinds)} with what it needs")
-        return None
-    kind, content = next(iter(section.items()))
-    own = given.for_one.get(name, [])
-    parents: list[str] = []
+class _Reader:
+    """Builds the steps of one file; collects what is wrong with them."""
 
-    def resolve(text: str) -> str:
-        return REFERENCE.sub(lambda match: _folder_of(match["name"], name), text)
+    def __init__(self, file: Path, place: Path, steps: Mapping[str, Any], given: Words) -> None:
+        self.file, self.place, self.steps, self.given = file, place, steps, given
+        self.problems: list[str] = []
 
-    def _folder_of(target: str, user: str) -> str:
-        if target == DIR:
-            return str(place)
-        if target not in steps or target == user:
-            problems.append(f"{where}: @{{{target}}} is no other step{nearest(target, steps)}")
-        elif target not in parents:
-            parents.append(target)
-        return str(place / target)
+    def build(self, name: str, section: Any) -> Step | None:
+        """Return a step, or None with its problems noted."""
+        where, kinds = f"{self.file}: steps.{name}", get_args(Kind)
+        if not isinstance(section, dict) or len(section) != 1 or next(iter(section)) not in kinds:
+            self.problems.append(f"{where}: expected one of {', '.join(kinds)} with what it needs")
+            return None
+        kind, content = next(iter(section.items()))
+        own, folder = self.given.for_one.get(name, []), self.place / name
+        if kind == "run":
+            shared = flatten_words(content, where, self.problems)
+            words = merge_words([*shared, *self.given.for_all, *own])
+            resolved, parents = self.resolve(name, words)
+            return Step(name, "run", folder, parents, words=tuple(resolved))
+        values, parents = self.resolve(name, set_values(content, own, where, self.problems))
+        cls: type[ExportOptions | TokenizerOptions] = (
+            ExportOptions if kind == "export" else TokenizerOptions
+        )
+        options = build(cls, values, where, self.problems)
+        if isinstance(options, ExportOptions) and len(parents) != 1:
+            self.problems.append(f"{where}: run={options.run!r}: name one run as @{{STEP}}")
+        return Step(name, kind, folder, parents, options=options) if options else None
 
-    if kind == "run":
-        words = merge_words([*_flatten(content, where, problems), *given.for_all, *own])
-        resolved = tuple(resolve(word) for word in words)
-        return Step(name, "run", place / name, tuple(parents), words=resolved)
-    cls: type[ExportOptions | TokenizerOptions] = (
-        ExportOptions if kind == "export" else TokenizerOptions
-    )
-    values = _with_words(content, own, where, problems)
-    options = build(cls, _map_text(values, resolve), where, problems)
-    if isinstance(options, ExportOptions) and len(parents) != 1:
-        problems.append(f"{where}: run={values.get('run')!r}: name one run as @{{STEP}}")
-    return Step(name, kind, place / name, tuple(parents), options=options) if options else None
+    def resolve(self, name: str, content: Any) -> tuple[Any, tuple[str, ...]]:
+        """Replace every reference in a step's ``content`` by a folder; return the parents too."""
+        parents: dict[str, None] = {}
 
+        def folder_of(match: re.Match[str]) -> str:
+            target = match["name"]
+            if target == DIR:
+                return str(self.place)
+            if target not in self.steps or target == name:
+                hint = nearest(target, self.steps)
+                self.problems.append(
+                    f"{self.file}: steps.{name}: @{{{target}}} is no other step{hint}"
+                )
+            parents[target] = None
+            return str(self.place / target)
 
-def merge_words(words: Sequence[str]) -> list[str]:
-    """Return ``words`` with the last one of every key, at its place."""
-    last = {word.partition("=")[0].lstrip("+~"): word for word in words}
-    return [w for i, w in enumerate(words) if last[_key(w)] is w and _key(w) not in _keys(words, i)]
+        resolved = _map_text(content, lambda text: REFERENCE.sub(folder_of, text))
+        return resolved, tuple(parents)
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
-
-
-def _keys(words: Sequence[str], index: int) -> set[str]:
-    return {_key(word) for word in words[index + 1 :]}
-
-
-def _flatten(content: Any, where: str, problems: list[str]) -> Iterator[str]:
-    """Yield the words of nested lists: a shared list stands in another as it is."""
-    if isinstance(content, list):
-        for item in content:
-            yield from _flatten(item, where, problems)
-    elif isinstance(content, str) and ("=" in content or content.startswith("~")):
-        yield content
-    else:
-        problems.append(f"{where}: {content!r} is no KEY=VALUE; put quotes around the whole word")
-
-
-def _with_words(
-    content: Any, words: Sequence[str], where: str, problems: list[str]
-) -> dict[str, Any]:
-    """Return a step's own mapping with the command line's values in it."""
-    if not isinstance(content, dict):
-        problems.append(f"{where}: expected a mapping")
-        return {}
-    values = dict(content)
-    for word in words:
-        key, _, value = word.partition("=")
-        try:
-            values[key] = value if REFERENCE.match(value) else yaml.safe_load(value)
-        except yaml.YAMLError:
-            problems.append(f"{where}: {key}={value}: cannot be read; quote it as in YAML")
-    return values
-
-
-def _map_text(value: Any, change: Any) -> Any:
+def _map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return nested values with every text changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
