@@ -17,6 +17,7 @@ from launch.compose import compose_config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
+DEFAULT_WAIT_S = 120.0  # Python and torch from a cold parallel file system
 DESCRIPTION = """Look whether a run would work here: software, Slurm, folders, network, files.
 With --nodes, a short job measures nodes and the links between them, and names the slow or broken
 one. Every finding has a remedy; the exit code is 78 when one is an error, else 0."""
@@ -90,9 +91,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--timeout",
         type=float,
-        default=120.0,
+        default=DEFAULT_WAIT_S,
         metavar="SECONDS",
-        help="give up a node that is silent for longer (120)",
+        help=f"give up a node that is silent for longer ({DEFAULT_WAIT_S:g})",
     )
     parser.add_argument("--read", metavar="FOLDER", help="show the result of an earlier --nodes")
     # What the job of --nodes starts on every node.
