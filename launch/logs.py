@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from launch.monitor.sources import is_run
 from launch.rank_log import LOGS, rank_log
 from trainer.errors import ConfigError
 from trainer.metrics.run_facts import read_run
@@ -47,7 +48,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Print the end of a run's logs: RUN/logs/job-*.out, what its newest job's "
         "script said, and RUN/logs/rank_00000.log, what a rank said in all lives.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder (run_dir)")
+    parser.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="the run's folder (run_dir), or another with logs/ of a job",
+    )
     parser.add_argument(
         "--rank",
         type=_count,
@@ -71,14 +77,15 @@ def choose_logs(run_dir: Path, rank: int | None) -> list[Path]:
     Raises:
         ConfigError: when there is none.
     """
-    facts = read_run(run_dir)
+    is_command = (run_dir / LOGS).is_dir() and not is_run(run_dir)  # a job that is no run
+    lives = [] if is_command else read_run(run_dir).lives
     ranks = sorted((run_dir / LOGS).glob("rank_*.log"))
     if rank is not None:
         if rank_log(run_dir, rank) not in ranks:
             raise ConfigError(f"--rank={rank}: {run_dir}/{LOGS} has no log of it{_known(ranks)}")
         return [rank_log(run_dir, rank)]
     jobs = sorted((run_dir / LOGS).glob(JOB_LOGS), key=lambda path: path.stat().st_mtime)
-    speaker = facts.lives[-1].rank if facts.lives and facts.lives[-1].exit_code else None
+    speaker = lives[-1].rank if lives and lives[-1].exit_code else None
     chosen = jobs[-1:] + [log for log in [rank_log(run_dir, speaker or 0)] if log in ranks]
     if not chosen:
         raise ConfigError(

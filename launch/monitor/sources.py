@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.graph.lineage import is_complete
+from launch.graph.lineage import is_complete, work_folder
 from launch.graph.state import STATE_FILE, StepState, read_state
 from launch.monitor.queue import Job
 from launch.monitor.row import Row, build_row
@@ -29,6 +29,7 @@ class Source:
     name: str = ""  # instead of the folder's own
     step: StepState | None = None
     is_complete: bool = False  # a step whose result is there
+    job_folder: Path | None = None  # of a step's job, if it is another one
 
 
 def find_sources(path: Path) -> list[Source]:
@@ -63,7 +64,13 @@ def read_steps(folder: Path) -> list[Source]:
     """
     state = read_state(folder)
     return [
-        Source(Path(step.folder), name, step, is_complete(folder, name))
+        Source(
+            Path(step.folder),
+            name,
+            step,
+            is_complete(folder, name),
+            None if step.kind == "run" else work_folder(folder, name),
+        )
         for name, step in (state.steps.items() if state else ())
     ]
 
@@ -153,5 +160,8 @@ def judge_step(source: Source, jobs: Jobs, broken: set[str]) -> tuple[str, str]:
         return "held", f"{', '.join(blame)} did not finish"
     if job is not None or (jobs is not None and step.state == "submitted"):
         how = job.state if job else "not known to Slurm any more"
-        return "failed", f"job {step.job} is {how}; its output is in {source.folder}/logs"
+        return (
+            "failed",
+            f"job {step.job} is {how}; see `kuroshio logs {source.job_folder or source.folder}`",
+        )
     return step.state, step.reason or ""

@@ -66,6 +66,13 @@ def test_a_run_without_logs(tmp_path: Path) -> None:
         main([str(tmp_path)])
 
 
+def test_a_job_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "job-5.out").write_text("exported\n")
+    assert main([str(tmp_path)]) == 0
+    assert capfd.readouterr().out == "exported\n"
+
+
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_last_lines_of_long_files(tmp_path: Path, end: str) -> None:
     path, lines = tmp_path / "log", [f"{n} " + "x" * (n % 997) for n in range(900)]
