@@ -27,9 +27,12 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: when the folder is no run's, or has no such log.
     """
     options = parse(argv)
-    follower = Follower(choose_logs(options.run, options.rank), options.lines)
+    paths = choose_logs(options.run, options.rank)
+    follower = Follower(paths, options.lines)
     try:
         follower.show_new()
+        if options.lines and not follower.has_shown:
+            print(f"{', '.join(map(str, paths))}: nothing yet", file=sys.stderr)
         while options.follow:
             time.sleep(POLL_S)
             follower.show_new()
@@ -101,6 +104,11 @@ class Follower:
     def __init__(self, paths: Sequence[Path], num_lines: int) -> None:
         self._places = {path: find_last_lines(path, num_lines) for path in paths}
         self._spoke: Path | None = None
+
+    @property
+    def has_shown(self) -> bool:
+        """Return whether anything was printed."""
+        return self._spoke is not None
 
     def show_new(self) -> None:
         """Print what was appended since the last call."""

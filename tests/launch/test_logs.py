@@ -66,6 +66,12 @@ def test_a_run_without_logs(tmp_path: Path) -> None:
         main([str(tmp_path)])
 
 
+def test_a_log_without_a_line_yet(run: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
+    (run.path / "logs" / "rank_00001.log").touch()
+    assert main([str(run.path), "--rank", "1"]) == 0
+    assert capfd.readouterr() == ("", f"{run.path}/logs/rank_00001.log: nothing yet\n")
+
+
 def test_a_job_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "job-5.out").write_text("exported\n")
