@@ -322,18 +322,28 @@ def _mark(cluster: Cluster) -> str:
 
 
 @contextlib.contextmanager
-def running(folder: Path, **options: object) -> Iterator[Cluster]:
-    """Hold a cluster inside the block."""
-    cluster = up(folder, **options)  # type: ignore[arg-type]
+def running(folder: Path, num_nodes: int = 4, variant: str | None = None) -> Iterator[Cluster]:
+    """Hold a cluster inside the block; it also ends when this process is killed."""
+    cluster = up(folder, num_nodes, variant=variant)
+    keeper = start([sys.executable, __file__, "guard", str(folder), str(os.getpid())])
     try:
         yield cluster
     finally:
+        end_processes([keeper])
         down(cluster)
+
+
+def guard(cluster: Cluster, owner: int) -> None:
+    """End a cluster as soon as the process that started it is gone."""
+    while is_alive(owner):
+        time.sleep(0.5)
+    down(cluster)
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("up", "down", "run", "cut", "restore", "logs"))
+    actions = ("up", "down", "run", "cut", "restore", "logs", "guard")
+    parser.add_argument("action", choices=actions)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--gpus-per-node", type=int, default=2)
@@ -347,6 +357,8 @@ def main(arguments: Sequence[str]) -> int:
     cluster = load(options.folder)
     if options.action == "down":
         down(cluster)
+    elif options.action == "guard":
+        guard(cluster, int(options.words[0]))
     elif options.action == "logs":
         print(cluster.logs())
     elif options.action == "run":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, down, missing, up
+from cluster import Cluster, missing, running
 from cluster_runs import Runs
 
 
@@ -16,9 +16,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Hold a cluster of four nodes with two GPUs each, n1 to n4, for all tests of this process."""
     if reason := missing():
         pytest.skip(reason)
-    cluster = up(tmp_path_factory.mktemp("slurm") / "cluster")
-    yield cluster
-    down(cluster)
+    with running(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
 
 
 @pytest.fixture(autouse=True)

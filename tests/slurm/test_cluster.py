@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from cluster import Cluster, down, missing, up
 from cluster_nodes import ClusterError, all_processes, call
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+HERE = Path(__file__).resolve().parent
 ACCOUNT = "--account=MST109001"
 
 
@@ -43,6 +46,28 @@ def test_a_cluster_leaves_nothing(tmp_path: Path, variant: str) -> None:
     assert traces() == before
     assert not set(left) & set(all_processes())
     assert not (tmp_path / "cluster").exists()
+
+
+def test_a_cluster_ends_with_the_tests_that_use_it(tmp_path: Path) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    folder = tmp_path / "cluster"
+    script = f"""
+import os, signal
+from pathlib import Path
+from cluster import running
+with running(Path({str(folder)!r}), num_nodes=1) as cluster:
+    print(*cluster.processes(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    started = {int(pid) for pid in done.stdout.split()}
+    assert len(started) > 3
+    deadline = time.monotonic() + 30
+    while folder.exists() or started & set(all_processes()):
+        assert time.monotonic() < deadline, "the cluster lives on"
+        time.sleep(0.1)
 
 
 def test_nodes_have_names_addresses_gpus_and_disks_of_their_own(
@@ -85,7 +110,7 @@ def test_jobs_that_the_site_does_not_allow_are_refused(
 def test_the_example_of_the_command_line(tmp_path: Path) -> None:
     if reason := missing():
         pytest.skip(reason)
-    script = str(Path(__file__).with_name("cluster.py"))
+    script = str(HERE / "cluster.py")
     folder = str(tmp_path / "cluster")
     said = call("python3", script, "up", folder, "--nodes", "1")
     try:

@@ -42,14 +42,22 @@ def test_a_run_on_two_nodes(unbroken: Path) -> None:
     assert len([name for name in manifest["files"] if name.startswith("rank_")]) == 2
 
 
+def limit_time(cluster: Cluster, job: str, minutes_left: int) -> None:
+    """Set a job's time limit to so many minutes from now."""
+    hours, minutes, _ = cluster.show(job)["RunTime"].split(":")
+    limit = int(hours) * 60 + int(minutes) + minutes_left
+    cluster.call("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
+
+
 def test_the_time_limit_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir, time="00:02:00"), lives=1, from_step=7, step_s=3.0)
+    job = runs.submit(runs.values(run_dir), from_step=7, step_s=3.0)
     wait_until(lambda: read_step(run_dir) >= 7, "step 7")
-    cluster.call("scontrol", "update", f"jobid={job}", "timelimit=1")  # the signal comes now
-    cluster.wait_for_restart(job)
+    limit_time(cluster, job, minutes_left=2)  # sooner than the signal is due, so it comes now
+    cluster.wait(job, "PENDING")
+    limit_time(cluster, job, minutes_left=30)
     cluster.wait(job, "COMPLETED")
     first, last = reasons(run_dir)
     assert first[1:] == (75, "requeue") and 7 <= last[0] < 16 and last[1:] == (0, "done")
