@@ -1,0 +1,137 @@
+"""A graph of jobs, as Slurm is told of it: a stand-in notes what it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.graph import jobs
+from launch.graph.state import read_states
+from trainer.errors import ConfigError
+
+TEXT = """
+steps:
+  letters: {{tokenizer: {{paths: [samples/en.jsonl], vocab_size: 400}}}}
+  base: {{run: [stage=pretrain, data=samples, "tokenizer.path=@{{letters}}"]}}
+  base_model: {{export: {{run: "@{{base}}"}}}}
+  vocab:
+    run:
+      - stage=vocab
+      - data=samples
+      - stage.vocab_size=500
+      - model=folder
+      - model.path=@{{base_model}}
+  tuned:
+    run: [stage=sft, data=chat_samples, model=folder, "model.path=@{{vocab}}/model"]
+  judge:
+    run: [stage=reward, data=preference_samples, model=folder, "model.path=@{{vocab}}/model"]
+"""
+# sbatch counts its calls; squeue knows the jobs whose numbers stand in the file `alive`.
+SBATCH = """#!/bin/sh
+[ "$1" = --test-only ] && exit 0
+[ -e {folder}/refuse ] && [ $(wc -l < {folder}/jobs) -ge 3 ] && {{ echo "no more" >&2; exit 1; }}
+echo "$2" >> {folder}/jobs
+wc -l < {folder}/jobs
+"""
+SQUEUE = """#!/bin/sh
+for word in "$@"; do case $word in --jobs=*) job=${{word#--jobs=}} ;; esac; done
+grep -qx "$job" {folder}/alive && echo PENDING || echo "Invalid job id specified" >&2
+grep -qx "$job" {folder}/alive
+"""
+SCANCEL = """#!/bin/sh
+echo "$@" >> {folder}/cancelled
+for job in "$@"; do sed -i "/^$job$/d" {folder}/alive; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
+        (folder / name).write_text(text.format(folder=folder))
+        (folder / name).chmod(0o755)
+    for name in ("jobs", "alive", "cancelled"):
+        (folder / name).touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    file = tmp_path / "p.yaml"
+    file.write_text(TEXT.format())
+    return [f"pipeline={file}", f"dir={tmp_path}/out", "cluster=local_slurm", "cluster.nodes=2"]
+
+
+def scripts(slurm: Path) -> list[str]:
+    return [Path(line).read_text() for line in (slurm / "jobs").read_text().splitlines()]
+
+
+def directive(script: str, name: str) -> str:
+    found = re.search(rf"^#SBATCH --{name}=(.*)$", script, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def test_jobs_wait_for_those_of_their_parents(
+    words: list[str], slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.main(words) == 0
+    letters, base, model, vocab, tuned, judge = scripts(slurm)
+    waits = [directive(s, "dependency") for s in (letters, base, model, vocab, tuned, judge)]
+    assert waits == ["", "afterok:1", "afterok:2", "afterok:3", "afterok:4", "afterok:4"]
+    nodes = [directive(s, "nodes") for s in (letters, base, model, vocab, tuned, judge)]
+    assert nodes == ["1", "2", "1", "1", "2", "2"]
+    assert f" run --step {tmp_path}/out base_model " in model
+    assert "after vocab" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out/steps/tuned.json").read_text())
+    assert record["parents"] == ["vocab"] and record["values"]["cluster"]["nodes"] == 2
+    (slurm / "alive").write_text("1\n2\n3\n4\n5\n6\n")
+    assert {step.state for step in read_states(tmp_path / "out").values()} == {"submitted"}
+    assert jobs.main(words) == 0  # all of them wait: nothing is submitted twice
+    assert len(scripts(slurm)) == 6
+
+
+def test_what_a_failed_step_holds_is_taken_out_and_submitted_again(
+    words: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    jobs.main(words)
+    (tmp_path / "out/letters").mkdir()
+    (tmp_path / "out/letters/tokenizer.json").write_text("{}")
+    (tmp_path / "out/steps/letters.inputs.json").write_text('{"parents": {}}')
+    (slurm / "alive").write_text("3\n4\n5\n6\n")  # job 2 has failed
+    states = {name: step.state for name, step in read_states(tmp_path / "out").items()}
+    assert states == {
+        "letters": "done",
+        "base": "failed",
+        "base_model": "held",
+        "vocab": "held",
+        "tuned": "held",
+        "judge": "held",
+    }
+    jobs.main(words)
+    assert (slurm / "cancelled").read_text().split() == ["3", "4", "5", "6"]
+    again = scripts(slurm)[6:]
+    waits = [directive(script, "dependency") for script in again]
+    assert waits == ["", "afterok:7", "afterok:8", "afterok:9", "afterok:9"]
+
+
+def test_a_graph_is_submitted_whole_or_not_at_all(
+    words: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    (slurm / "refuse").touch()
+    with pytest.raises(ConfigError, match="Slurm refuses the job: no more"):
+        jobs.main(words)
+    assert (slurm / "cancelled").read_text().split() == ["1", "2", "3"]
+
+
+def test_nothing_is_submitted_where_one_run_does_not_fit(words: list[str], slurm: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        jobs.main([*words, "judge.name=c d", "tuned.name=a b"])
+    text = str(caught.value)
+    assert "step judge: " in text and "step tuned: " in text
+    assert scripts(slurm) == []
