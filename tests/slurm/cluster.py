@@ -43,7 +43,7 @@ from cluster_nodes import (
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter")
-INSTALL = "apt-get install slurmctld slurmd slurm-client munge libpmix2 iproute2 util-linux"
+INSTALL = "apt-get install slurmctld slurmd slurm-client munge iproute2 util-linux"
 RECORD = "cluster.json"
 NODE_PORT = 26818
 START_TIMEOUT_S = 60
@@ -187,9 +187,9 @@ def load(folder: Path) -> Cluster:
 def missing() -> str:
     """Return why no cluster can be started here, "" if one can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    if absent:
-        return f"needs {', '.join(absent)}: {INSTALL}"
-    return "" if os.geteuid() == 0 else "a Slurm cluster needs root"
+    if os.geteuid() != 0:
+        absent.insert(0, "root")
+    return f"needs {', '.join(absent)}: {INSTALL}" if absent else ""
 
 
 def _make_folders(cluster: Cluster) -> None:

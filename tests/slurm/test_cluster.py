@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, down, missing, up
-from cluster_nodes import ClusterError, all_processes, call
+from cluster_nodes import ClusterError, all_processes, call, can_make_machines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 HERE = Path(__file__).resolve().parent
@@ -32,6 +32,8 @@ def traces() -> dict[str, list[str]]:
 def test_a_cluster_leaves_nothing(tmp_path: Path, variant: str) -> None:
     if reason := missing():
         pytest.skip(reason)
+    if variant == "namespaces" and not can_make_machines():
+        pytest.skip("namespaces are not allowed here")
     before = traces()
     cluster = up(tmp_path / "cluster", num_nodes=2, variant=variant)
     job = cluster.submit(
@@ -73,6 +75,8 @@ with running(Path({str(folder)!r}), num_nodes=1) as cluster:
 def test_nodes_have_names_addresses_gpus_and_disks_of_their_own(
     cluster: Cluster, tmp_path: Path
 ) -> None:
+    if cluster.variant == "simple":
+        pytest.skip("nodes without namespaces share all of this")
     script = f"""#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=2 --gres=gpu:2 {ACCOUNT} --output={tmp_path}/out
 srun bash -c 'echo $(hostname) $(hostname -I) $CUDA_VISIBLE_DEVICES'
@@ -117,10 +121,8 @@ def test_the_example_of_the_command_line(tmp_path: Path) -> None:
         environ = {"SLURM_CONF": said.strip().partition("=")[2]}
         states = call("env", *(f"{k}={v}" for k, v in environ.items()), "sinfo", "-h", "-o", "%T")
         assert set(states.split()) == {"idle"}
-        done = subprocess.run(
-            ["python3", script, "run", folder, "n1", "hostname"], capture_output=True
-        )
-        assert done.stdout.decode().split() == ["n1"]
+        if can_make_machines():
+            assert call("python3", script, "run", folder, "n1", "hostname").split() == ["n1"]
     finally:
         call("python3", script, "down", folder)
     assert not Path(folder).exists()

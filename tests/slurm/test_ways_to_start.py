@@ -40,8 +40,8 @@ def test_tasks_of_a_step_are_the_ranks(cluster: Cluster, tmp_path: Path, mpi: st
     output = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == 0, output
     assert check_ranks(tmp_path, "slurm", num_nodes=2) == {"n1"}
-    [life] = [json.loads(line) for line in read_lines(tmp_path / "lives.jsonl", "started")]
-    assert (life["job"], life["host"]) != (None, None) and life["host"] == "n1"
+    [line] = read_lines(tmp_path / "lives.jsonl", "started")
+    assert json.loads(line)["job"]
 
 
 def read_lines(path: Path, key: str) -> list[str]:
