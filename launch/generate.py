@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launch import local, rendezvous
 from launch.options import read_options, split_words
 from launch.rendezvous import Rendezvous
+from launch.world import check_world
 from trainer.config import ClusterConfig, SourceConfig
 from trainer.errors import EXIT_RESUME, ConfigError, DataError
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     if found.launcher == "plain" and cluster.nodes == 1 and cluster.gpus_per_node > 1:
         command = [sys.executable, "-m", "launch", "generate", *arguments]
         return local.run_ranks(command, cluster.gpus_per_node, "")
-    rendezvous.check_world(found, cluster)
+    check_world(found, cluster)
     if found.world_size > 1:
         found.export(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(local.threads_per_rank(found.local_world_size)))

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch import local, rank_log, rendezvous, run_folder, tenancy, validation
+from launch import local, rank_log, rendezvous, run_folder, tenancy, validation, world
 from launch.graph import lineage
 from launch.node_environment import node_name, prepare_node
 from launch.prepare import ensure_prepared
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if found.launcher == "plain" and _num_ranks(values) > 1:
         return start_ranks(values)
     if options.config not in (None, "-"):
-        rendezvous.adopt_world(values, found)
+        world.adopt_world(values, found)
     with rank_log.kept(values, found):
         return run_rank(values, found)
 
@@ -68,7 +68,7 @@ def _run_rank(values: dict[str, Any], found: Rendezvous, stay: Stay) -> None:
         name_accelerator()
         run = validation.build_run(values)
     if not run.stage.single_process:
-        rendezvous.check_world(found, run.config.cluster)
+        world.check_world(found, run.config.cluster)
         grad_accum_steps(run.config, found.world_size)  # refuses a world that does not divide
         if found.launcher == "plain" and run.config.data.sources:
             ensure_prepared(run.config)

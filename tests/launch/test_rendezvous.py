@@ -8,15 +8,12 @@ import pytest
 
 from launch.rendezvous import (
     Rendezvous,
-    adopt_world,
-    check_world,
     detect,
     device_index,
     first_slurm_host,
     mpi_barrier,
     mpi_place,
 )
-from trainer.config import ClusterConfig
 from trainer.errors import ConfigError
 
 TORCHRUN = {
@@ -179,33 +176,3 @@ def test_device_index(visible: str | None, local_rank: int, index: int) -> None:
 def test_more_ranks_than_devices_is_an_error() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=0,1 has 2"):
         device_index(2, {"CUDA_VISIBLE_DEVICES": "0,1"})
-
-
-def test_world_that_contradicts_the_config_is_an_error_naming_both() -> None:
-    found = detect(TORCHRUN)
-    check_world(found, ClusterConfig(nodes=2, gpus_per_node=2))
-    with pytest.raises(ConfigError) as caught:
-        check_world(found, ClusterConfig(nodes=1, gpus_per_node=8))
-    message = str(caught.value)
-    assert "torchrun started 4 ranks" in message and "1*8=8" in message
-    assert "cluster.nodes=2 cluster.gpus_per_node=2" in message
-
-
-@pytest.mark.parametrize(
-    ("launcher", "world_size", "local", "expected"),
-    [
-        ("slurm", 2, 2, (1, 2)),  # one of the two nodes is down
-        ("slurm", 8, 2, (4, 2)),
-        ("mpi", 4, 4, (1, 4)),
-        ("slurm", 3, 2, (2, 2)),  # uneven: for check_world to refuse
-        ("plain", 1, 1, (2, 2)),
-        ("local", 2, 2, (2, 2)),
-    ],
-)
-def test_a_frozen_config_takes_its_world_from_the_job(
-    launcher: str, world_size: int, local: int, expected: tuple[int, int]
-) -> None:
-    values = {"cluster": {"nodes": 2, "gpus_per_node": 2, "timeout_s": 9}}
-    adopt_world(values, Rendezvous(0, world_size, 0, local, "n1", 1234, launcher))
-    nodes, gpus = expected
-    assert values == {"cluster": {"nodes": nodes, "gpus_per_node": gpus, "timeout_s": 9}}
