@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from launch.checks import job, machine, table
 from launch.checks.finding import Finding, as_data, exit_code
-from launch.checks.rank_plan import find_place, read_plan
+from launch.checks.rank_plan import CheckPlan, find_place, read_plan
 from launch.compose import compose_config
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
@@ -55,9 +57,19 @@ def examine_nodes(config: RunConfig, num_nodes: int, wait_s: float) -> list[Find
     elif "SLURM_JOB_ID" in os.environ:
         job.run_in_job(plan, cluster)
     else:
-        job.wait(job.submit(plan, cluster), plan, _say)
+        _wait(job.submit(plan, cluster), plan)
     _say(f"what every rank said is in {plan.folder}")
     return job.read(Path(plan.folder))
+
+
+def _wait(number: str, plan: CheckPlan) -> None:
+    _say(f"job {number} is submitted; Ctrl-C leaves it there")
+    try:
+        job.wait(number, plan, _say)
+    except KeyboardInterrupt:
+        folder = shlex.quote(plan.folder)
+        _say(f"job {number} goes on; kuroshio doctor --read {folder} shows its result")
+        sys.exit(128 + signal.SIGINT)
 
 
 def report(findings: list[Finding], as_json: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
+import re
 import socket
 import subprocess
 import sys
@@ -32,7 +32,9 @@ PLAN, HOSTS, NODES, FIRST_NODE = "plan.json", "hosts", "nodes", "first_node"
 COMMAND = ("doctor", "--ranks")
 TIME_LIMIT = "00:30:00"  # of the job: a minute or two, and a cold start of Python on many nodes
 MEASURING_S = 60.0  # a rank may say nothing for that long although all is well
-POLL_S = 2.0
+POLL_S, LONGEST_POLL_S = 4.0, 60.0  # each look is a request to Slurm's controller
+LOCAL_POLL_S = 0.5
+COMPLAINT = re.compile(r"srun: error: |kuroshio: |[\w.]+(Error|Exception): ")
 
 
 def plan_check(config: RunConfig, folder: Path, wait_s: float) -> CheckPlan:
@@ -81,7 +83,9 @@ def run_here(plan: CheckPlan) -> None:
             own = {**environ, "LOCAL_RANK": str(local_rank)}
             ranks.append(subprocess.Popen(command, env=own, stdin=told, stdout=out, stderr=err))
     try:
-        _wait_for_progress(folder, plan, lambda: any(rank.poll() is None for rank in ranks))
+        wait_for_progress(
+            folder, plan, lambda: any(rank.poll() is None for rank in ranks), LOCAL_POLL_S
+        )
     finally:
         for process in ranks:
             process.kill()
@@ -106,7 +110,7 @@ def run_in_job(plan: CheckPlan, cluster: ClusterConfig) -> None:
     command = ["bash", str(script)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        _wait_for_progress(Path(plan.folder), plan, lambda: process.poll() is None)
+        wait_for_progress(Path(plan.folder), plan, lambda: process.poll() is None, LOCAL_POLL_S)
     finally:
         process.terminate()
         process.wait()
@@ -125,24 +129,26 @@ def _write(plan: CheckPlan, cluster: ClusterConfig) -> Path:
 
 def wait(number: str, plan: CheckPlan, say: Callable[[str], None]) -> None:
     """Wait until the job ends, or until its ranks have been silent for too long; then end it."""
-    folder = Path(plan.folder)
-    told = ""
+    folder, told, pause_s = Path(plan.folder), "", POLL_S
     while (state := job_state(number)) in ("PENDING", "CONFIGURING", None):
-        if state and state != told:
-            say(f"job {number} is {state}; Ctrl-C leaves it there, this shows its result later:")
-            say(f"  kuroshio doctor --read {shlex.quote(str(folder))}")
-            told = state
-        time.sleep(POLL_S)
+        text = f"job {number} is {state}: {ask_squeue(number, '%r')}"
+        if state and text != told:
+            say(text)
+            told = text
+        time.sleep(pause_s)
+        pause_s = min(LONGEST_POLL_S, 1.5 * pause_s)
     (folder / FIRST_NODE).write_text(ask_squeue(number, "%B") or "", encoding="utf-8")
-    _wait_for_progress(folder, plan, lambda: job_state(number) not in ("", "COMPLETING"))
+    wait_for_progress(folder, plan, lambda: job_state(number) not in ("", "COMPLETING"), POLL_S)
     subprocess.run(["scancel", "--quiet", number], check=False, timeout=60)
 
 
-def _wait_for_progress(folder: Path, plan: CheckPlan, is_running: Callable[[], bool]) -> None:
+def wait_for_progress(
+    folder: Path, plan: CheckPlan, is_running: Callable[[], bool], poll_s: float
+) -> None:
     """Return when the ranks are done, or when nothing new came for too long."""
     last, since = -1, time.monotonic()
     while is_running() and time.monotonic() - since < plan.wait_s + MEASURING_S:
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
         size = sum(path.stat().st_size for path in _outputs(folder))
         if size != last:
             last, since = size, time.monotonic()
@@ -193,9 +199,10 @@ def _explain_absence(folder: Path) -> Finding:
 
 
 def _complaint(path: Path) -> str:
-    """Return the first line in which srun or Python says what went wrong."""
-    found = (line for line in _lines(path) if "error" in line.lower()) if path.is_file() else ()
-    return next(iter(found), "")[:MAX_PROBLEM_CHARS]
+    """Return the line in which srun, Kuroshio or Python says what went wrong, if one does."""
+    found = [line for line in _lines(path) if COMPLAINT.match(line)] if path.is_file() else []
+    first = [line for line in found if line.startswith("srun")]  # what follows comes of it
+    return (first[:1] or found[-1:] or [""])[0][:MAX_PROBLEM_CHARS]
 
 
 def _lines(path: Path) -> list[str]:

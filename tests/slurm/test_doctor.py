@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,8 +90,13 @@ def test_slow_node_is_named(cluster: Cluster, tmp_path: Path) -> None:
     with throttled(cluster, "n3"):
         found = doctor(cluster, tmp_path, "--nodes", "4")
     assert "4 ranks on 4 nodes reported" in json.dumps(found)
-    slow = [f for f in found["findings"] if "its best link" in f["what"] and f["level"] == "error"]
-    assert [f["nodes"] for f in slow] == [["n3"]]
+    shares = {
+        finding["nodes"][0]: int(re.findall(r"(\d+)%", finding["what"])[0])
+        for finding in found["findings"]
+        if "its best link" in finding["what"]
+    }
+    # Four nodes on the cores of one machine disturb each other, but not by so much.
+    assert shares["n3"] < 20 and all(share > 20 for node, share in shares.items() if node != "n3")
     assert "n3" in found["exclude"] and found["exit_code"] == 78
 
 

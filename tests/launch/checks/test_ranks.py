@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from launch.checks.meeting import Meeting
 from launch.checks.rank import short, without
 from launch.checks.rank_plan import CheckPlan, find_place, read_plan
 from launch.checks.rates import matmul_tflops, memory_gb_per_s
+from launch.checks.report import line
 from launch.compose import compose_config
 from trainer.errors import ConfigError
 
@@ -106,6 +108,79 @@ def test_folder_of_a_job_that_never_began(tmp_path: Path) -> None:
     assert found.nodes == ("n7",) and found.what.startswith("n7: ")
     with pytest.raises(ConfigError, match="no readable plan"):
         job.read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        ("[W1] hostname\nsrun: error: Task launch failed\nsrun: error: x\n", "srun: error: Task"),
+        ("Traceback\n    raise ConfigError(\nImportError: libcudart\n", "ImportError: libcudart"),
+        ("a\nkuroshio: local rank 3 has no device\n", "kuroshio: local rank 3 has no device"),
+        ("[W1] hostname\n", "the node is down"),
+    ],
+)
+def test_reason_of_a_silent_node_is_read(tmp_path: Path, printed: str, why: str) -> None:
+    (tmp_path / "plan.json").write_text(PLAN.write())
+    (tmp_path / "hosts").write_text("n1\nn2\n")
+    (tmp_path / "nodes").mkdir()
+    places = [line(rank, "place", ["n1", rank]) for rank in range(2)]
+    (tmp_path / "nodes/n1.out").write_text("\n".join(places))
+    (tmp_path / "nodes/n2.err").write_text(printed)
+    (silent,) = [f for f in job.read(tmp_path) if f.level != "ok"]
+    assert silent.nodes == ("n2",) and silent.why.startswith(why)
+
+
+class Slurm:
+    """A controller that gives states one after the other; the last one stays."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: str | None) -> None:
+        self.states, self.cancelled, self.now = list(states), list[str](), 0.0
+        monkeypatch.setattr(job, "job_state", lambda number: self.next_state())
+        monkeypatch.setattr(job, "ask_squeue", lambda number, column: f"answer {column}")
+        monkeypatch.setattr(job.subprocess, "run", self.run)
+        monkeypatch.setattr(job.time, "sleep", self.sleep)
+        monkeypatch.setattr(job.time, "monotonic", lambda: self.now)
+
+    def next_state(self) -> str | None:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def run(self, command: list[str], **options: object) -> None:
+        self.cancelled.append(command[-1])
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_silent_job_is_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm, said = Slurm(monkeypatch, None, "PENDING", "PENDING", "RUNNING"), list[str]()
+    job.wait("7", replace(PLAN, folder=str(tmp_path)), said.append)
+    assert said == ["job 7 is PENDING: answer %r"]  # once
+    assert (tmp_path / "first_node").read_text() == "answer %B"
+    assert slurm.cancelled == ["7"]
+    assert PLAN.wait_s + job.MEASURING_S <= slurm.now < 2 * (PLAN.wait_s + job.MEASURING_S)
+
+
+def test_a_job_that_ended_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = Slurm(monkeypatch, "RUNNING", "RUNNING", "")
+    job.wait("7", replace(PLAN, folder=str(tmp_path)), print)
+    assert slurm.now == job.POLL_S
+
+
+def test_ctrl_c_leaves_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(number: str, plan: CheckPlan, say: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "submit", lambda plan, cluster: "41")
+    monkeypatch.setattr(job, "wait", interrupt)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SystemExit, match="130"):
+        doctor.main(["--nodes", "2", "cluster=local_slurm", "run_dir=/work/run"])
+    told = capsys.readouterr().err
+    assert "job 41 goes on; kuroshio doctor --read /work/doctor-" in told
 
 
 @pytest.mark.parametrize(
