@@ -89,7 +89,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="share of the GPUs' peak that training reaches, such as 0.4, where you measured it",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.efficiency is not None and not 0 < options.efficiency <= 1:
         raise ConfigError(f"--efficiency={options.efficiency:g}: expected more than 0, at most 1")
     return options

@@ -34,12 +34,12 @@ def join_alone() -> None:
 
 
 def make_model(sizes: Sizes, dtype: torch.dtype) -> Any:
-    """Return a model with random weights and the fused head."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return a LLaMA with random weights and the fused head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(sizes)
-    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    if not any("ds_id" in vars(parameter) for parameter in model.parameters()):
+        model = model.to(dtype)  # ZeRO-3 has split it in its own precision already
     install_fused_head(model, sizes["vocab_size"])
     return model
 
