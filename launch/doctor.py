@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,10 +32,16 @@ def main(arguments: Sequence[str]) -> int:
         return _be_rank(options.ranks.split(","))
     if options.read:
         return report(job.read(Path(options.read).expanduser()), options.json)
-    config = compose_config(options.overrides)
+    config = take_account(compose_config(options.overrides), os.environ)
     if options.nodes is None:
         return report(machine.examine(config), options.json)
     return report(examine_nodes(config, options.nodes, options.timeout), options.json)
+
+
+def take_account(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
+    """Return ``config`` with the account of sbatch's own variable, as `submit` does."""
+    account = config.cluster.account or environ.get("SBATCH_ACCOUNT") or None
+    return replace(config, cluster=replace(config.cluster, account=account))
 
 
 def examine_nodes(config: RunConfig, num_nodes: int, wait_s: float) -> list[Finding]:

@@ -64,7 +64,7 @@ class SchedulerFacts:
 def gather(cluster: ClusterConfig) -> SchedulerFacts:
     """Ask Slurm's commands; each answer is one request to the controller."""
     missing = [name for name in COMMANDS if shutil.which(name) is None]
-    if missing:
+    if missing or cluster.site.scheduler != "slurm":
         return SchedulerFacts(missing=missing)
     shown = ask(["scontrol", "--oneliner", "show", "partition"])
     if not shown.is_good:

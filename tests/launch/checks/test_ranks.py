@@ -79,6 +79,15 @@ def test_rates_of_a_core_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.0001 < matmul_tflops(device) < 10 and 0.01 < memory_gb_per_s(device) < 5000
 
 
+def test_account_of_sbatch_counts_where_the_config_has_none() -> None:
+    environ = {"SBATCH_ACCOUNT": "MST2"}
+    config = compose_config(["cluster=taiwania2"])
+    assert doctor.take_account(config, {}).cluster.account is None
+    assert doctor.take_account(config, environ).cluster.account == "MST2"
+    given = compose_config(["cluster=taiwania2", "cluster.account=MST109001"])
+    assert doctor.take_account(given, environ).cluster.account == "MST109001"
+
+
 def test_errors_are_cut_to_a_line() -> None:
     assert short(RuntimeError("x" * 500 + "\nmore")) == "x" * 300
     assert short(RuntimeError("")) == "RuntimeError"
