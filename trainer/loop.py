@@ -17,6 +17,7 @@ from trainer.engine import checkpoint
 from trainer.engine.collectives import sum_over_ranks, sum_tensor
 from trainer.engine.committed import Checkpoint, find_newest
 from trainer.engine.engine import Engine
+from trainer.environment import name_device
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters
 from trainer.metrics.sinks import Sinks
@@ -99,7 +100,7 @@ def fit(stage: TrainStage, context: Context) -> None:
         with closing(stage.setup(context, step)) as sinks:
             batches = stage.batches(last.state if last else None)
             if last:
-                resume(stage, last, stop, sinks)
+                resume(stage, context, last, stop, sinks)
             is_saved = bool(last) and evaluated
             evaluated = evaluated or evaluate_if_due(stage, sinks, step, stop, loop)
             while step < loop.max_steps and not stop.agreed("step"):
@@ -125,12 +126,15 @@ def stop_request(context: Context) -> StopRequest:
     return StopRequest(context.run_dir / STOP_FILE, Deadline(context.time_limit))
 
 
-def resume(stage: TrainStage, last: Checkpoint, stop: StopRequest, sinks: Sinks) -> None:
+def resume(
+    stage: TrainStage, context: Context, last: Checkpoint, stop: StopRequest, sinks: Sinks
+) -> None:
     """Load a checkpoint into the stage that has been set up."""
     with stage.meters.pause():
         checkpoint.load(stage.policy, last)
     stage.guard.num_overflows = last.state["num_overflows"]
-    stop.deadline.expect(last.state.get("seconds", {}))
+    seconds = last.state.get("seconds", {})
+    stop.deadline.expect(seconds.get(describe_ranks(stage, context), {}))
     sinks.event(last.step, "resume", checkpoint=last.path.name)
 
 
@@ -144,6 +148,11 @@ def evaluate_if_due(
         return False
     with stop.deadline.timed("evaluation"):
         return stage.evaluate(sinks, step, stop)
+
+
+def describe_ranks(stage: TrainStage, context: Context) -> str:
+    """Return on what the run computes: how long things take there says nothing of elsewhere."""
+    return f"{context.world_size} x {name_device(stage.policy.device)}"
 
 
 def is_due(step: int, every: int, loop: LoopConfig) -> bool:
@@ -175,7 +184,7 @@ def save(
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
     stage.guard.check()
     state = {**stage.state(), "evaluated": evaluated, "num_overflows": stage.guard.num_overflows}
-    state["seconds"] = deadline.measured()
+    state["seconds"] = {describe_ranks(stage, context): deadline.measured()}
     with stage.meters.pause(), deadline.timed("save"):
         path = checkpoint.save(stage.policy, folder, step, state, context.lease)
         if context.rank == 0:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -134,8 +135,9 @@ class StoreStage(TrainStage):
         where = (context.run_dir, config.log, config.name)
         sinks = Sinks(*where, plain, is_main, sinks_step, context.lease)
         if context.time_limit is not None:
+            at = datetime.fromtimestamp(context.time_limit).astimezone().isoformat("T", "seconds")
             left = round(context.time_limit - time.time())
-            sinks.event(sinks_step, "time_limit", at=context.time_limit, seconds_left=left)
+            sinks.event(sinks_step, "time_limit", at=at, seconds_left=left)
         environment = describe_environment(self.policy.device)
         environment |= {"num_ranks": context.world_size, "zero_stage": config.engine.zero_stage}
         environment |= {"precision": self.policy.precision, "peak": self.peak.source}
