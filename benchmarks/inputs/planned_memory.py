@@ -67,8 +67,8 @@ class PeakCase:
     @property
     def sizes(self) -> Sizes:
         """The model's architecture."""
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-        names += ("num_attention_heads", "num_key_value_heads")
+        names = ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"]
+        names += ["num_attention_heads", "num_key_value_heads"]
         kind = {"model_type": "llama", "tie_word_embeddings": False}
         return kind | {name: getattr(self, name) for name in names}
 
