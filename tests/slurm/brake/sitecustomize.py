@@ -20,7 +20,7 @@ def disturb(plan: dict) -> None:
     from trainer.engine import checkpoint
     from trainer.errors import NumericsError
 
-    rank, train_step, write_rank = os.environ["SLURM_PROCID"], loop.TrainStage.train_step, None
+    rank, train_step = os.environ["SLURM_PROCID"], loop.TrainStage.train_step
     run_dir = Path(__file__).resolve().parents[1]
 
     def braked_step(self, step, batches):
@@ -32,15 +32,16 @@ def disturb(plan: dict) -> None:
             raise NumericsError(f"loss is NaN at step {step}")
         return train_step(self, step, batches)
 
-    def held_write(engine, aside):
-        if f"step_{plan.get('hold_save', -1):08d}" in aside.name and rank == "0":
+    def describe_late(engine, aside, step, state):
+        if step == plan.get("hold_save"):
             (run_dir / "held").touch()
             while not (run_dir / "release").exists():
                 time.sleep(0.1)
-        write_rank(engine, aside)
+            (run_dir / "released").touch()
+        return describe(engine, aside, step, state)
 
-    write_rank = checkpoint._write_rank
-    loop.TrainStage.train_step, checkpoint._write_rank = braked_step, held_write
+    describe = checkpoint._describe
+    loop.TrainStage.train_step, checkpoint._describe = braked_step, describe_late
 
 
 file = Path(__file__).with_name("brake.json")
