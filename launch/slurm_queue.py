@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 LOG = logging.getLogger(__name__)
 TIMEOUT_S = 30
-# States in which a job's processes may run; PENDING is a job that waits, also for its next life.
-LIVING = ("RUNNING", "CONFIGURING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
+# States in which a job's processes run; PENDING is a job that waits, also for its next life.
+LIVING = ("RUNNING", "CONFIGURING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
+ENDING = "COMPLETING"  # its processes have been told to end
 
 
 def ask_squeue(job: str, column: str) -> str | None:

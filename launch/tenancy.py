@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.slurm_queue import LIVING, job_state
+from launch.slurm_queue import ENDING, LIVING, job_state
 from trainer.errors import KuroshioError, LeaseError, LostRankError, StopRequestedError
 from trainer.lease import (
     LEASES_NAME,
@@ -26,21 +27,27 @@ from trainer.lease import (
 from trainer.lives import append_line, newest_step, slurm_life, utc_now
 
 LOG = logging.getLogger(__name__)
+ENDING_WAIT_S = 60.0  # Slurm kills what has not ended after its KillWait, 30 s unless configured
+POLL_S = 2.0
 AskState = Callable[[str], str | None]
 
 
 def take_lease(run_dir: Path, environ: Mapping[str, str], ask_state: AskState = job_state) -> Lease:
-    """Take a run folder on rank 0.
+    """Take a run folder on rank 0, from a job that is being ended once it is gone.
 
     Raises:
         LeaseError: another life is in it, naming job and host.
     """
-    life = slurm_life(environ)
+    life, patience_s = slurm_life(environ), ENDING_WAIT_S
     while True:
         holder = read_holder(run_dir)
         sign = holder and life_sign(holder, life, _file_system_time(run_dir), ask_state)
-        if holder and sign:
+        if holder and sign and ENDING not in sign:
             raise LeaseError(_in_use(run_dir, holder, sign))
+        if holder and sign and patience_s > 0:  # its ranks may be saving
+            patience_s -= POLL_S
+            time.sleep(POLL_S)
+            continue
         lease = Lease.take(run_dir, holder.token + 1 if holder else 1, life, utc_now())
         if lease is not None:
             return lease
@@ -63,7 +70,7 @@ def life_sign(holder: Holder, life: Mapping[str, Any], now: float, ask_state: As
     if holder.job is not None and not same_job:
         state = ask_state(holder.job)
         if state is not None:
-            return f"its Slurm job is {state}" if state in LIVING else ""
+            return f"its Slurm job is {state}" if state in (*LIVING, ENDING) else ""
     if holder.process.is_visible():
         pid = holder.process.pid
         return f"its process {pid} runs" if holder.process.is_alive() else ""

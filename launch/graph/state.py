@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.graph.lineage import is_complete, read_json, work_folder, write_json
-from launch.slurm_queue import LIVING, job_state
+from launch.slurm_queue import ENDING, LIVING, job_state
 from trainer.config import build
 from trainer.errors import CheckpointError
 from trainer.lives import read_lives, utc_now
@@ -103,7 +103,7 @@ def _look(folder: Path, name: str, step: StepState, known: Mapping[str, StepStat
         return step
     broken = [p for p in step.parents if p in known and known[p].state in BROKEN]
     slurm = job_state(step.job)
-    if slurm in LIVING:
+    if slurm in (*LIVING, ENDING):
         return dataclasses.replace(step, state="running")
     if broken:
         reason = f"{', '.join(broken)} has not finished, so job {step.job} cannot start"

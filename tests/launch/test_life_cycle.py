@@ -19,7 +19,7 @@ from trainer.lives import newest_step, read_lives
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
-LIMIT_S = 60
+LIMIT_S = 90
 
 pytestmark = pytest.mark.slow
 

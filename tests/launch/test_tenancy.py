@@ -74,6 +74,27 @@ def test_a_living_folder_is_refused_naming_job_and_host(tmp_path: Path) -> None:
         first.check()
 
 
+@pytest.mark.parametrize(("states", "polls"), [([""], 0), (["COMPLETING"] * 3 + [""], 3)])
+def test_a_job_that_is_being_ended_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: list[str], polls: int
+) -> None:
+    take_lease(tmp_path, {"SLURM_JOB_ID": "17"}, never)
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert take_lease(tmp_path, {"SLURM_JOB_ID": "18"}, lambda job: states.pop(0)).token == 2
+    assert len(slept) == polls
+
+
+def test_a_job_that_hangs_in_its_end_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_lease(tmp_path, {"SLURM_JOB_ID": "17"}, never)
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert take_lease(tmp_path, {"SLURM_JOB_ID": "18"}, lambda job: "COMPLETING").token == 2
+    assert sum(slept) == 60
+
+
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     code = "import sys, os, signal; from pathlib import Path; from launch.tenancy import *\n"
     code += "take_lease(Path(sys.argv[1]), {}); os.kill(os.getpid(), signal.SIGKILL)"
