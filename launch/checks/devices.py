@@ -107,7 +107,13 @@ def judge(facts: DeviceFacts) -> list[Finding]:
         why = f"every rank would end with it: {facts.torch.problem}"
         remedy = "make install anew, or load the modules that the environment was made with"
         return [error(TOPIC, "torch cannot be imported", why, remedy)]
-    return [*_judge_gpus(facts), *_judge_driver(facts), *_judge_ecc(facts), *_judge_ops(facts)]
+    return [
+        *_judge_gpus(facts),
+        *_judge_code(facts.torch),
+        *_judge_driver(facts),
+        *_judge_ecc(facts),
+        *_judge_ops(facts),
+    ]
 
 
 def _judge_gpus(facts: DeviceFacts) -> list[Finding]:
@@ -127,6 +133,39 @@ def _judge_gpus(facts: DeviceFacts) -> list[Finding]:
     else:
         remedy = "ask Slurm for GPUs (cluster.site.gres), then look at nvidia-smi on the node"
     return [error(TOPIC, what, f"{there}; the run would compute on the CPU", remedy)]
+
+
+def _judge_code(torch: TorchFacts) -> list[Finding]:
+    """Find GPUs too old for this build of torch, such as V100 for those of newer CUDA."""
+    pairs = zip(torch.devices, torch.capabilities, strict=True)
+    lacking = dict.fromkeys(
+        f"{name} ({capability})"
+        for name, capability in pairs
+        if not any(runs_on(code, capability) for code in torch.architectures)
+    )
+    if not lacking:
+        return []
+    what = f"torch {torch.version} has no code for {', '.join(lacking)}"
+    why = f"its first operation there fails; it has {', '.join(torch.architectures) or 'none'}"
+    remedy = "install a build of torch for an older CUDA, whose list has that architecture"
+    return [error(TOPIC, what, why, remedy)]
+
+
+def runs_on(code: str, capability: str) -> bool:
+    """Return whether ``code`` runs on a GPU of ``capability``.
+
+    Machine code (sm_80) runs within its major version from its minor one on, PTX (compute_80) on
+    everything newer (NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility").
+    """
+    kind, _, number = code.partition("_")
+    digits = re.match(r"\d+", number)
+    if digits is None:
+        return False
+    major, minor = divmod(int(digits[0]), 10)
+    there = tuple(int(part) for part in capability.split("."))
+    if kind == "compute":
+        return (major, minor) <= there
+    return there[0] == major and there[1] >= minor
 
 
 def _judge_driver(facts: DeviceFacts) -> list[Finding]:

@@ -38,6 +38,8 @@ class TorchFacts:
     version: str = ""
     cuda: str | None = None  # the CUDA it was built for
     devices: list[str] = field(default_factory=list)
+    capabilities: list[str] = field(default_factory=list)  # of each device, such as "7.0"
+    architectures: list[str] = field(default_factory=list)  # it has code for: sm_80, compute_90
     backends: list[str] = field(default_factory=list)
     ops: dict[str, OpFacts] = field(default_factory=dict)  # those that the engine group needs
     problem: str = ""  # why it cannot be imported
@@ -90,9 +92,15 @@ def describe_torch(engine: EngineConfig) -> dict[str, Any]:
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(index) for index in range(count)],
+        "capabilities": [_capability(torch.cuda.get_device_capability(i)) for i in range(count)],
+        "architectures": torch.cuda.get_arch_list(),
         "backends": [name for name, is_there in available.items() if is_there],
         "ops": {op: _describe_op(ops.build_folder(op), ops.is_stale) for op in needed},
     }
+
+
+def _capability(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}.{numbers[1]}"
 
 
 def _describe_op(folder: Path, is_stale: Any) -> dict[str, Any]:

@@ -92,34 +92,38 @@ def _name_silent(reports: Reports, node: str, ranks: Sequence[int]) -> Finding:
 
 
 def _judge_problems(reports: Reports) -> list[Finding]:
-    """Name the nodes that rank 0 never met, and those that stopped early for a reason."""
+    """Name the nodes that fail by themselves, that rank 0 never met, or that stopped later."""
     first, silent = reports.nodes[0], reports.silent()
-    absent = reports.ranks[0].absent if 0 in reports.ranks else []
-    unmet = {reports.nodes[rank // reports.ranks_per_node] for rank in absent} - set(silent)
-    others = set(reports.nodes[1:]) - set(silent)
-    if unmet and unmet == others and len(unmet) > 1:
+    stopped = dict.fromkeys(r.node for r in reports.ranks.values() if r.problem)
+    sick = {r.node: "" for r in reports.ranks.values() if r.problem and r.memory_gb_per_s is None}
+    findings = [_name_sick(reports, node, sick) for node in sick]
+    if first in silent or first in sick:
+        return findings  # it holds the meeting point: what the others complain of follows from that
+    absent = reports.ranks[0].absent
+    unmet = {reports.nodes[rank // reports.ranks_per_node] for rank in absent} - {*silent, *sick}
+    if len(unmet) > 1 and unmet == set(reports.nodes[1:]) - {*silent, *sick}:
         what = f"{first}: {', '.join(sorted(unmet))} reported, and none of them could reach it"
         why = "it holds the meeting point of all ranks"
-        return [Finding(TOPIC, "error", what, why, EXCLUDE, (first,))]
-    findings = [
-        Finding(
-            TOPIC,
-            "error",
-            f"{node}: reported, but could not reach {first}",
-            _reason(reports, node) or "its ranks never came to the meeting point",
-            EXCLUDE,
-            (node,),
-        )
-        for node in reports.nodes
-        if node in unmet
-    ]
-    if first in silent or any(f.nodes for f in findings):
-        return findings  # what the others complain of follows from that
-    stopped = dict.fromkeys(r.node for r in reports.ranks.values() if r.problem)
+        return [*findings, Finding(TOPIC, "error", what, why, EXCLUDE, (first,))]
+    for node in (name for name in reports.nodes if name in unmet):
+        why = _reason(reports, node) or "its ranks never came to the meeting point"
+        what = f"{node}: reported, but could not reach {first}"
+        findings.append(Finding(TOPIC, "error", what, why, EXCLUDE, (node,)))
+    if any(finding.nodes for finding in findings):
+        return findings
     return findings + [
         Finding(TOPIC, "error", f"{node}: a rank stopped", _reason(reports, node), EXCLUDE, (node,))
         for node in stopped
+        if node not in sick
     ]
+
+
+def _name_sick(reports: Reports, node: str, sick: Mapping[str, object]) -> Finding:
+    """Blame a node that cannot measure itself; when none can, the software."""
+    leave = (node,) if _some(reports, sick) else ()
+    everywhere = "it is so on all nodes: mend the software; `srun kuroshio doctor` looks at a node"
+    what, why = f"{node}: a rank stopped at its own device", _reason(reports, node)
+    return Finding(TOPIC, "error", what, why, EXCLUDE if leave else everywhere, leave)
 
 
 def _reason(reports: Reports, node: str) -> str:

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from launch.checks.devices import DeviceFacts, GpuFacts, judge, parse_driver_cuda, parse_gpus
+from launch.checks.devices import (
+    DeviceFacts,
+    GpuFacts,
+    judge,
+    parse_driver_cuda,
+    parse_gpus,
+    runs_on,
+)
 from launch.checks.finding import Finding
 from launch.checks.probe import OpFacts, TorchFacts
 
@@ -14,7 +21,7 @@ SMI = "NVIDIA H200, 570.86.15, 143771 MiB, 0\nTesla V100-SXM2-32GB, 418.87, 3251
 HEAD = "| NVIDIA-SMI 570.86.15    Driver Version: 570.86.15    CUDA Version: 12.8     |"
 H200 = GpuFacts("NVIDIA H200", "570.86.15", "143771 MiB", "0")
 TOOLS = {"c++": "/usr/bin/c++", "ninja": "/bin/ninja", "Python.h": "/x/Python.h", "libaio.h": None}
-TORCH = TorchFacts("2.13.0", "12.8", ["NVIDIA H200"])
+TORCH = TorchFacts("2.13.0", "12.8", ["NVIDIA H200"], ["9.0"], ["sm_80", "sm_90"])
 GPU_NODE = DeviceFacts(torch=TORCH, gpus=[H200], driver_cuda="12.8", tools=dict(TOOLS))
 LOGIN = DeviceFacts(torch=TorchFacts("2.13.0+cpu"), tools=dict(TOOLS))
 
@@ -37,6 +44,23 @@ def test_nvidia_smi_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("code", "capability", "runs"),
+    [
+        ("sm_80", "8.6", True),
+        ("sm_86", "8.0", False),
+        ("sm_80", "9.0", False),
+        ("compute_80", "12.0", True),
+        ("compute_90", "8.0", False),
+        ("sm_90a", "9.0", True),
+        ("sm_120", "12.0", True),
+        ("nothing", "9.0", False),
+    ],
+)
+def test_which_code_runs_where(code: str, capability: str, runs: bool) -> None:
+    assert runs_on(code, capability) is runs
+
+
+@pytest.mark.parametrize(
     ("facts", "level", "words"),
     [
         (GPU_NODE, "ok", ""),
@@ -45,9 +69,14 @@ def test_nvidia_smi_is_read() -> None:
         (replace(LOGIN, expects_gpu=True), "error", "built for CUDA"),
         (replace(LOGIN, gpus=[H200]), "error", "nvidia-smi lists 1"),
         (
-            replace(GPU_NODE, torch=replace(TORCH, devices=[]), visible="-1"),
+            replace(GPU_NODE, torch=replace(TORCH, devices=[], capabilities=[]), visible="-1"),
             "error",
             "CUDA_VISIBLE_DEVICES='-1' hides them",
+        ),
+        (
+            replace(GPU_NODE, torch=replace(TORCH, capabilities=["7.0"])),
+            "error",
+            "has no code for NVIDIA H200 (7.0)",
         ),
         (replace(GPU_NODE, driver_cuda="11.4"), "error", "too old"),
         (replace(GPU_NODE, driver_cuda="12.2"), "ok", ""),  # minor versions are compatible

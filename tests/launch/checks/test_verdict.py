@@ -77,7 +77,13 @@ CASES = {
         ["n1"],
         "none of them could reach it",
     ),
-    "sick device": (changed(3, problem="CUDA error: ECC"), "error", ["n2"], "a rank stopped"),
+    "sick device": (
+        changed(3, problem="CUDA error: ECC", tflops=None, memory_gb_per_s=None),
+        "error",
+        ["n2"],
+        "n2: a rank stopped at its own device",
+    ),
+    "stopped later": (changed(3, problem="Broken pipe"), "error", ["n2"], "n2: a rank stopped"),
     "slow device": (changed(7, tflops=30.0), "error", ["n4"], "n4: device 1: matrix"),
     "slowish device": (changed(7, tflops=70.0), "warning", ["n4"], "70% of the median"),
     "slow memory": (changed(2, memory_gb_per_s=900.0), "error", ["n2"], "memory 900 GB/s"),
@@ -137,6 +143,23 @@ def test_a_fault_of_all_nodes_excludes_none() -> None:
         reports = changed(rank, reports, folders=[SICK], interface="ib0 does not exist")
     bad = [f for f in judge(reports) if f.level == "error"]
     assert len(bad) == 8 and nodes_of(bad, "error") == []
+
+
+def test_a_sick_first_node_is_blamed_for_what_the_others_say() -> None:
+    reports = changed(0, problem="CUDA error", tflops=None, memory_gb_per_s=None)
+    for rank in range(1, 8):
+        reports = changed(rank, reports, problem="connect timeout", clock_s=None, links=[])
+    bad = [f for f in judge(reports) if f.level != "ok"]
+    assert [(f.nodes, f.why) for f in bad] == [(("n1",), "CUDA error")]
+
+
+def test_software_is_blamed_for_what_all_devices_say() -> None:
+    reports = healthy([])
+    for rank in range(8):
+        reports = changed(rank, reports, problem="no kernel", tflops=None, memory_gb_per_s=None)
+    bad = [f for f in judge(reports) if f.level != "ok"]
+    assert nodes_of(bad, "error") == [] and len(bad) == 4
+    assert all("mend the software" in f.remedy for f in bad)
 
 
 def test_nobody_reported() -> None:
