@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,24 @@ def test_plan_of_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("SLURM_JOB_ID", "40123")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     assert meeting_port() == 20123
+
+
+def test_script_starts_one_step_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts: list[Path] = []
+    monkeypatch.setattr(job.sbatch, "require_slurm", lambda cluster: None)
+    monkeypatch.setattr(job.sbatch, "submit_script", lambda path: scripts.append(path) or "5")
+    monkeypatch.setattr("launch.job_folder.copy_code", lambda target: None)
+    words = ["cluster=taiwania2", "cluster.account=MST109001", "cluster.gpus_per_node=8"]
+    plan = replace(PLAN, folder=str(tmp_path / "doctor"))
+    assert job.submit(plan, compose_config(words).cluster) == "5"
+    text = scripts[0].read_text()
+    assert read_plan((tmp_path / "doctor/plan.json").read_text()) == plan
+    for directive in ("--no-requeue", "--no-kill", "--gres=gpu:8", f"--time={job.TIME_LIMIT}"):
+        assert f"\n#SBATCH {directive}\n" in text
+    (step,) = re.findall(r"^  srun .*?&$", text, re.MULTILINE | re.DOTALL)
+    assert '--nodelist="$HOST"' in step and '<"$RUN/plan.json"' in step
+    assert "doctor --ranks" in step and "launch.job_end" not in text and "--signal" not in text
+    subprocess.run(["bash", "-n", str(scripts[0])], check=True)
 
 
 def test_folder_of_a_job_that_never_began(tmp_path: Path) -> None:
