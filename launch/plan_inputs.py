@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import ModelConfig, PeftConfig, RunConfig
-from trainer.config.cluster import job_gpu, partition_limits, time_limit_s
+from trainer.config.cluster import host_gb_per_gpu, job_gpu, partition_limits, time_limit_s
 from trainer.errors import ConfigError
 from trainer.models.architecture import read_architecture
 from trainer.models.families import ALL_LINEAR, lora_targets
@@ -62,7 +62,7 @@ def read_machine(config: RunConfig) -> Machine:
         gpus_per_node=cluster.gpus_per_node,
         gpu=gpu,
         gpu_memory_gb=memory,
-        memory_gb_per_gpu=site.memory_gb_per_gpu,
+        memory_gb_per_gpu=host_gb_per_gpu(site),
         cpus_per_gpu=site.cpus_per_gpu,
         whole_node_gpus=site.gpus_per_node,
         intra_gb_per_s=site.intra_node_gb_per_s,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from trainer.config.build import nearest
-from trainer.config.schema import ClusterConfig, PartitionConfig, RunConfig
+from trainer.config.schema import ClusterConfig, PartitionConfig, RunConfig, SiteConfig
 
 TIME = re.compile(
     r"(?:(?P<days>\d{1,3})-)?(?P<hours>\d{1,3}):(?P<minutes>\d{2}):(?P<seconds>\d{2})", re.ASCII
@@ -55,6 +55,13 @@ def job_gpu(cluster: ClusterConfig) -> tuple[str | None, float | None]:
     if limits.gpu is not None and limits.gpu != site.gpu:
         return limits.gpu, limits.gpu_memory_gb
     return site.gpu, limits.gpu_memory_gb or site.gpu_memory_gb
+
+
+def host_gb_per_gpu(site: SiteConfig) -> float | None:
+    """Return the host memory for each GPU: the site's rule, else its share of a node."""
+    if site.memory_gb_per_gpu is not None or site.memory_gb_per_node is None:
+        return site.memory_gb_per_gpu
+    return site.memory_gb_per_node / site.gpus_per_node if site.gpus_per_node else None
 
 
 def check_cluster(config: RunConfig) -> list[str]:

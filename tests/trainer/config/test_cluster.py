@@ -14,6 +14,7 @@ from trainer.config.cluster import (
     check_cluster,
     check_submission,
     format_time,
+    host_gb_per_gpu,
     job_gpu,
     parse_time,
     partition_limits,
@@ -128,6 +129,12 @@ def test_gpus_of_a_partition_that_differs() -> None:
     assert job_gpu(nano5) == ("H100-80GB", 80)
     assert job_gpu(replace(nano5, partition="normal2")) == ("H200-141GB", 141)
     assert time_limit_s(replace(nano5, partition="dev")) == 7200
+
+
+def test_host_memory_is_the_sites_rule_or_a_share() -> None:
+    assert host_gb_per_gpu(T2.cluster.site) == 90
+    assert host_gb_per_gpu(compose_config(["cluster=nano5"]).cluster.site) == 250
+    assert host_gb_per_gpu(SiteConfig()) is None
 
 
 @pytest.mark.parametrize("name", PROFILES)
