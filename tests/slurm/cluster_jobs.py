@@ -13,6 +13,7 @@ from cluster_nodes import ClusterError, call
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 REVOKED_S = 3  # nodes refuse a job whose credential is not newer than the one just revoked
+TIMEOUT_S = 600  # for a machine on which much else runs
 REQUEUE_GRACE_S = 5  # a job that is put back into the queue looks ended for a moment
 
 
@@ -58,7 +59,7 @@ class Jobs:
         pattern = re.compile(r"([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
         return [dict(pattern.findall(line)) for line in lines if line.strip()]
 
-    def wait(self, job: str, *states: str, timeout_s: float = 180) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
         """Wait for a job to be in one of ``states``; a requeued job need not wait for its turn.
 
         Raises:
@@ -78,7 +79,7 @@ class Jobs:
                 raise ClusterError(f"job {job} is {state}, not {states}\n{self.describe(shown)}")
             time.sleep(0.2)
 
-    def wait_for_restart(self, job: str, restarts: int = 1, timeout_s: float = 180) -> None:
+    def wait_for_restart(self, job: str, restarts: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         """Wait until a job was put back into the queue and runs again."""
         deadline = time.monotonic() + timeout_s
         while True:

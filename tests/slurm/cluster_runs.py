@@ -18,7 +18,7 @@ from launch import sbatch, submission
 
 BRAKE = Path(__file__).with_name("brake") / "sitecustomize.py"
 SITE = {"name": "local_slurm", "scheduler": "slurm", "gpus_per_node": 0, "gres": "gpu:{n}"}
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 class Runs:

@@ -18,7 +18,7 @@ from probe_runs import ROOT, RUN, check_ranks, environment, words
 from trainer.errors import EXIT_RESUME
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 JOB = ["--account=MST109001", "--kill-on-bad-exit=1", "--label"]
 
 
