@@ -63,11 +63,10 @@ def measure_states(case: StateCase) -> dict[str, int]:
     gc.collect()
     weights = dict(_storages(_weights(engine)))
     optimizer = {k: v for k, v in _storages(_states(engine)) if k not in weights}
-    known = (
-        before | weights.keys() | optimizer.keys() | dict(_storages(engine.module.buffers())).keys()
-    )
-    rest = [size for pointer, size in _storages(_all_tensors()) if pointer not in known]
-    gradients = sum(size for size in rest if size > 64 and size not in (2 * BUCKET, 4 * BUCKET))
+    buffers = dict(_storages(engine.module.buffers()))
+    known = before | weights.keys() | optimizer.keys() | buffers.keys()
+    rest = {k: v for k, v in _storages(_all_tensors()) if k not in known}
+    gradients = sum(v for v in rest.values() if v > 64 and v not in (2 * BUCKET, 4 * BUCKET))
     return {
         "weights": sum(weights.values()),
         "gradients": gradients,

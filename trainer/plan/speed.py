@@ -39,7 +39,8 @@ EFFICIENCIES = (
     Efficiency(("H200",), 0.40, "taken as H100's, which has the same arithmetic units"),
 )
 # Adam on the host reads an fp32 weight, gradient and two moments and writes weight, moments and the
-# weight in half precision. A core's rate is measured by benchmarks/planning.py.
+# weight in half precision. A core alone is three times as fast (benchmarks/planning.py measures
+# it), but all cores of a node share its memory. An assumption.
 ADAM_BYTES = 30
 ADAM_BYTES_PER_S_PER_CORE = 4e9
 # Data sheets: bytes/s of the device's memory. More specific names first.
