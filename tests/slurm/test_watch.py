@@ -44,7 +44,7 @@ def test_a_run_is_watched_stopped_and_resumed(runs: Runs, cluster: Cluster, tmp_
     prices = [{"who": "all", "currency": "TWD", "per_gpu_hour": 3600.0, "source": "-", "date": "-"}]
     values = runs.values(run_dir, time="00:10:00")
     values["cluster"]["site"]["prices"] = prices
-    job = runs.submit(values, lives=1, from_step=4, step_s=2.0)
+    job = runs.submit(values, lives=1, from_step=4, step_s=3.0)
     login = Login(cluster, run_dir)
     assert login.watch()["state"] in ("pending", "running")
     wait_until(lambda: read_step(run_dir) >= 4, "step 4")
@@ -67,10 +67,11 @@ def test_a_run_is_watched_stopped_and_resumed(runs: Runs, cluster: Cluster, tmp_
     assert run["saved_step"] == read_step(run_dir) < 16 and not (run_dir / "stop").exists()
     assert "leave: stopped by the stop file" in login.say("logs")
 
+    (run_dir / "code" / "brake.json").unlink()
     assert f"at step {run['saved_step']}" in login.say("resume")
     again = login.watch()["job"]
     assert again != job
-    cluster.wait(again, "COMPLETED")
+    cluster.wait(again, "COMPLETED", timeout_s=300)
     run = login.watch()
     assert (run["state"], run["step"], run["num_lives"]) == ("finished", 16, 2)
     assert "stopped by the stop file" in run["ends"][0] and run["eta_s"] is None
