@@ -51,23 +51,23 @@ LLAMA_2_7B = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-_PPO = "data.max_length=512 stage.sampling.max_new_tokens=512 stage.rollouts_per_step=256"
-_JUDGE = "'+stage.rewards.judge={kind: model, path: MODEL}' loop.max_steps=200"
+_LENGTHS = "data.max_length=512 stage.sampling.max_new_tokens=512 stage.rollouts_per_step=256"
+_PPO = f"experiment=hh_ppo stage.rewards.judge.path=MODEL stage.critic=null {_LENGTHS}"
+_LONG = "data.max_length=2048 loop.global_batch_tokens=1048576 loop.max_steps=1000"
+_SHORT = "data.max_length=2048 loop.global_batch_tokens=262144 loop.max_steps=500"
+_QUOTA = "cluster.site.quota_gb=1500"
 GIVEN = "model=llama2_7b model.path=MODEL cluster=taiwania2"
 PLANS = (
-    "--fit --rows 8 stage=pretrain data.max_length=2048 loop.global_batch_tokens=1048576 "
-    "loop.max_steps=1000 cluster.site.quota_gb=1500",
-    "--fit --rows 4 stage=sft peft=lora data.max_length=2048 loop.global_batch_tokens=262144 "
-    "loop.max_steps=500",
-    "--fit --rows 4 stage=dpo data.max_length=2048 loop.global_batch_tokens=262144 "
-    "loop.max_steps=500 cluster.site.quota_gb=1500",
-    f"--fit --rows 4 stage=ppo {_PPO} {_JUDGE} cluster.site.quota_gb=1500",
-    f"stage=ppo peft=lora stage.models=shared {_PPO} {_JUDGE} engine=zero3 "
-    "engine.activation_checkpointing=true loop.micro_batch_size=8",
+    f"--fit --rows 8 experiment=taiwan_cpt {_LONG} {_QUOTA}",
+    f"--fit --rows 4 experiment=excel_qa {_SHORT}",
+    f"--fit --rows 4 experiment=taiwan_dpo {_SHORT} {_QUOTA}",
+    f"--fit --rows 4 {_PPO} {_QUOTA}",
+    f"{_PPO} peft=lora stage.models=shared engine=zero3 engine.activation_checkpointing=true "
+    "loop.micro_batch_size=8 cluster.gpus_per_node=8",
     # What is refused, and the remedy:
-    "stage=pretrain data.max_length=2048 loop.global_batch_tokens=1048576 loop.max_steps=1000",
-    "stage=pretrain engine.precision=bf16",
-    "stage=pretrain cluster.nodes=6",
+    f"experiment=taiwan_cpt {_LONG} cluster.gpus_per_node=8",
+    "experiment=taiwan_cpt engine.precision=bf16",
+    "experiment=taiwan_cpt cluster.nodes=6 cluster.gpus_per_node=8",
 )
 
 

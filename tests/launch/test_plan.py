@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from launch import run_folder
 from launch.compose import compose_config
 from launch.plan import main
 from launch.plan_inputs import WITHOUT_REFERENCE, num_ids, read_work
 from launch.planning import plan_config
+from launch.report import plan_anew
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,3 +204,30 @@ def test_pipeline_is_planned_with_models_that_are_not_there(
     small = [*asked[:3], "cluster.site.quota_gb=0.1"]
     assert main(small) == ConfigError.exit_code
     assert "all steps together leave" in capsys.readouterr().out
+
+
+def test_run_that_was_not_submitted_is_planned_anew_for_its_report(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config = compose_config(words(model, *LENGTH))
+    (run_dir / "config.yaml").write_text(run_folder.freeze(config), encoding="utf-8")
+    plan, again = plan_config(config), plan_anew(run_dir)
+    assert plan is not None and again == plan.as_dict()
+    (model / "config.json").unlink()
+    assert plan_anew(run_dir) is None and "cannot be planned" in caplog.text
+    (run_dir / "submit.json").write_text("{}")
+    caplog.clear()
+    assert plan_anew(run_dir) is None and not caplog.text  # the submission has its own
+
+
+def test_commands_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert len(commands) == 3
+    for program, verb, *asked in commands:
+        assert (program, verb) == ("kuroshio", "plan")
+        assert main(asked) == 0
+    assert "GPU-hours" in capsys.readouterr().out
