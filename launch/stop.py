@@ -12,7 +12,7 @@ from launch.monitor.sources import Source, find_sources, is_run, job_ids
 from launch.monitor.state import judge
 from trainer.errors import ConfigError, StorageError
 from trainer.metrics.console import show_duration
-from trainer.metrics.run_facts import STOP_NAME, RunFacts, figure, read_run
+from trainer.metrics.run_facts import STOP_NAME, RunFacts, figure
 from trainer.stages import SINGLE_PROCESS
 
 TIMEOUT_S = 30.0
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
 def stop(source: Source, jobs: Mapping[str, Job] | None) -> str:
     """Stop a run, or a step of a pipeline, and return what that means."""
     cancelled = cancel_waiting(_numbers(source), jobs)
-    if not is_run(source.folder):
+    facts = source.facts
+    if facts is None:
         return cancelled or "nothing runs"
-    facts = read_run(source.folder)
     state = judge(facts, jobs)
     if not state.is_alive:
         return cancelled or f"{state.word}: nothing runs"
@@ -114,7 +114,7 @@ def _sources(folder: Path) -> list[Source]:
 
 def _numbers(source: Source) -> list[str]:
     own = [source.step.job] if source.step and source.step.job else []
-    return own + (read_run(source.folder).job_ids if is_run(source.folder) else [])
+    return own + (source.facts.job_ids if source.facts else [])
 
 
 def _call(command: Sequence[str]) -> str:

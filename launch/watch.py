@@ -113,7 +113,7 @@ class Watch:
         """Read all files again, and write the page that a browser then loads every ``every_s``."""
         sources = find_sources(self._path)
         self.time = time.time()
-        self.rows = build_rows(sources, self._ask(sources), self.time)
+        self.rows = build_rows(sources, self._ask(sources))
         if self._page is not None:
             write_page(self._page, self.title(), self.rows, every_s)
 

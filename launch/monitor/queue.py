@@ -86,7 +86,7 @@ class Queue:
 
 def call_squeue() -> str:
     """Return the lines of all of the user's jobs that Slurm still knows, ended ones too."""
-    command = ["squeue", "--noheader", "--states=all", f"--user={getpass.getuser()}"]
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}"]
     environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     return subprocess.run(
         [*command, "--format=" + "|".join(FIELDS)],
@@ -104,7 +104,9 @@ def parse_jobs(text: str) -> dict[str, Job]:
             continue  # a line of a plugin or a site's wrapper
         number, shown, state, ends, starts, reason, nodes = cells
         job = Job(shown, state, reason, read_slurm_time(ends), read_slurm_time(starts), nodes)
-        jobs[number] = jobs[shown] = job
+        jobs[shown] = job
+        if number == shown or not job.is_pending:  # tasks that wait all have the array's number
+            jobs[number] = job
     return jobs
 
 

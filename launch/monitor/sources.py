@@ -28,6 +28,7 @@ class Source:
     folder: Path
     name: str = ""  # instead of the folder's own
     step: StepState | None = None
+    facts: RunFacts | None = None  # None: no run is there yet
     is_complete: bool = False  # a step whose result is there
     job_folder: Path | None = None  # of a step's job, if it is another one
 
@@ -46,7 +47,7 @@ def find_sources(path: Path) -> list[Source]:
     if (path / STATE_FILE).is_file():
         return read_steps(path)
     if is_run(path):
-        return [Source(path)]
+        return [Source(path, facts=read_run(path))]
     found = list(_walk(path, path, MAX_DEPTH))
     if not found:
         raise ConfigError(
@@ -65,11 +66,12 @@ def read_steps(folder: Path) -> list[Source]:
     state = read_state(folder)
     return [
         Source(
-            Path(step.folder),
+            place := Path(step.folder),
             name,
             step,
-            is_complete(folder, name),
-            None if step.kind == "run" else work_folder(folder, name),
+            facts=read_run(place) if is_run(place) else None,
+            is_complete=is_complete(folder, name),
+            job_folder=None if step.kind == "run" else work_folder(folder, name),
         )
         for name, step in (state.steps.items() if state else ())
     ]
@@ -83,21 +85,19 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() and any((folder / name).exists() for name in others)
 
 
-def build_rows(sources: list[Source], jobs: Jobs, now: float | None = None) -> list[Row]:
+def build_rows(sources: list[Source], jobs: Jobs) -> list[Row]:
     """Return what is shown of every source."""
     rows: list[Row] = []
     for source in sources:
-        facts = read_run(source.folder, now) if is_run(source.folder) else None
         broken = {row.name for row in rows if row.state in ("failed", "held", "lost")}
-        rows.append(_build(source, facts, jobs, broken))
+        rows.append(_build(source, jobs, broken))
     return rows
 
 
 def job_ids(sources: list[Source]) -> list[str]:
     """Return the Slurm jobs of all sources; without any, nobody needs to ask Slurm."""
     jobs = [source.step.job for source in sources if source.step and source.step.job]
-    runs = [source.folder for source in sources if is_run(source.folder)]
-    return jobs + [job for folder in runs for job in read_run(folder).job_ids]
+    return jobs + [job for source in sources if source.facts for job in source.facts.job_ids]
 
 
 def _walk(top: Path, folder: Path, depth: int) -> Iterator[Source]:
@@ -108,7 +108,7 @@ def _walk(top: Path, folder: Path, depth: int) -> Iterator[Source]:
             steps = read_steps(child)
             yield from (replace(step, name=f"{name}/{step.name}") for step in steps)
         elif is_run(child):
-            yield Source(child, name)
+            yield Source(child, name, facts=read_run(child))
         elif depth > 1:
             yield from _walk(top, child, depth - 1)
 
@@ -122,9 +122,9 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in folders if not entry.name.startswith("."))
 
 
-def _build(source: Source, facts: RunFacts | None, jobs: Jobs, broken: set[str]) -> Row:
+def _build(source: Source, jobs: Jobs, broken: set[str]) -> Row:
     """Return the row of a source; ``broken`` are the names of rows that hold up their children."""
-    step = source.step
+    step, facts = source.step, source.facts
     if step is None:
         assert facts is not None  # no step: the source is a run
         return build_row(facts, jobs, source.name)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def read_run(run_dir: Path, now: float | None = None) -> RunFacts:
             f"{JOURNAL_NAME}; give the run_dir that `kuroshio run` or `kuroshio submit` printed"
         )
     problems: list[str] = []
-    config = _read_mapping(run_dir / CONFIG_NAME, yaml.safe_load, problems)
+    config = _read_mapping(run_dir / CONFIG_NAME, _parse_yaml, problems)
     records = read_tail(run_dir / JOURNAL_NAME, _has_step)
     times = [moment for record in records if (moment := read_time(record.get("time")))]
     holder = _read_holder(run_dir, problems)
@@ -207,6 +208,12 @@ def _has_step(records: list[Record]) -> bool:
 def _last(records: list[Record], split: str) -> Record:
     found = (r for r in reversed(records) if r.get("split") == split and "step" in r)
     return next(found, {})
+
+
+@lru_cache(maxsize=1024)
+def _parse_yaml(text: str) -> Any:
+    """Parse a config once, however often its run is looked at: that is most of a look's time."""
+    return yaml.safe_load(text)
 
 
 def _read_mapping(path: Path, parse: Any, problems: list[str]) -> dict[str, Any]:

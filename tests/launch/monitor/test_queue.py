@@ -12,7 +12,8 @@ from launch.monitor.queue import EVERY_S, Queue, parse_jobs
 LINES = """\
 12|12|RUNNING|1800003600|1800000000|None|n[1-2]
 13|13|PENDING|N/A|2027-01-15T08:00:00|Priority|
-20|19_3|PENDING|N/A|N/A|Dependency|
+20|19_3|RUNNING|N/A|N/A|None|n4
+19|19_5|PENDING|N/A|N/A|JobArrayTaskLimit|
 21|21|PENDING|N/A|N/A|DependencyNeverSatisfied|
 22|22|FAILED|1800000100|1800000000|NonZeroExitCode|n3
 a line of somebody's wrapper
@@ -21,12 +22,13 @@ a line of somebody's wrapper
 
 def test_jobs_by_number_and_by_task() -> None:
     jobs = parse_jobs(LINES)
-    assert set(jobs) == {"12", "13", "20", "19_3", "21", "22"}
+    assert set(jobs) == {"12", "13", "20", "19_3", "19_5", "21", "22"}
     running = jobs["12"]
     assert (running.ends, running.starts, running.nodes) == (1.8e9 + 3600, 1.8e9, "n[1-2]")
     assert running.is_active and not running.is_pending
     assert jobs["13"].ends is None and jobs["13"].starts is not None and jobs["13"].is_pending
-    assert jobs["20"] == jobs["19_3"] and not jobs["20"].is_held
+    assert jobs["20"] == jobs["19_3"] and jobs["20"].is_active
+    assert jobs["19_5"].is_pending and not jobs["19_5"].is_held
     assert jobs["21"].is_held
     assert not jobs["22"].is_active and not jobs["22"].is_pending
 
