@@ -20,6 +20,7 @@ from trainer.plan.memory import EnginePlan, Model, bucket_bytes, state_bytes
 from trainer.plan.work import Machine, Rollout, Work
 
 LIVE_PARAMETERS = 10**9  # that ZeRO-3 keeps gathered, at most: stage3_max_live_parameters
+KEYS_AND_VALUES = "rollout: keys and values"
 LOADING = "models while they are loaded"
 
 
@@ -88,7 +89,7 @@ def _rollout_parts(rollout: Rollout, engine: EnginePlan, world: int) -> dict[str
     cache = cache_bytes(shape, rows * row, row, engine.element_bytes)
     logits = rows * shape.vocab_size * (4 + engine.element_bytes)
     prompts = Micro(rows * rollout.max_prompt, engine.element_bytes, on_gpu=True)
-    found = {"rollout: keys and values": cache}
+    found = {KEYS_AND_VALUES: cache}
     found["rollout: forward"] = logits + forward_bytes(shape, prompts)
     if engine.zero_stage == 3:
         counted = rollout.policy.counts

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from trainer.plan.memory import MASTER_AND_MOMENTS, EnginePlan
-from trainer.plan.occupancy import gpu_memory, host_memory, host_peak
+from trainer.plan.occupancy import KEYS_AND_VALUES, gpu_memory, host_memory, host_peak
 from trainer.plan.step_time import StepTime, step_time
 from trainer.plan.work import GB, Cost, Machine, RunPlan, Work
 
@@ -111,6 +111,7 @@ def _problems(plan: RunPlan, work: Work, machine: Machine) -> list[str]:
         problems.append(
             f"needs {plan.peak_bytes / GB:.1f} GB on each {plan.gpu or 'GPU'} of "
             f"{plan.gpu_bytes / GB:g} GB; the largest parts are {_largest(plan.memory)}"
+            f"{_smaller_cache(plan, work)}"
         )
     host = host_peak(plan.host)
     if plan.host_bytes is not None and host > plan.host_bytes:
@@ -126,6 +127,18 @@ def _problems(plan: RunPlan, work: Work, machine: Machine) -> list[str]:
             f"cluster.max_lives={machine.max_lives}; raise it, or use more GPUs"
         )
     return problems
+
+
+def _smaller_cache(plan: RunPlan, work: Work) -> str:
+    """Return how few keys and values would do, where it is they that are too many."""
+    size = plan.memory.get(KEYS_AND_VALUES)
+    if size is None or work.rollout is None or plan.gpu_bytes is None:
+        return ""
+    room = plan.gpu_bytes - (plan.peak_bytes - size)
+    tokens = int(work.rollout.cached_tokens * room / size)
+    if tokens < work.rollout.row_tokens:
+        return ""
+    return f"; stage.sampling.cached_tokens={tokens // 256 * 256} fits beside the rest"
 
 
 def _quota_problem(plan: RunPlan, work: Work) -> str:

@@ -75,6 +75,12 @@ def search(
         misfits: list[RunPlan] = []
         before = len(fitting)
         for site in _sites(machine):
+            if (
+                site.num_gpus == 1
+                and candidate.zero_stage
+                and candidate.offload_optimizer == "none"
+            ):
+                continue  # nothing to split
             plans = list(_plans(work, candidate, site, divides, efficiency))
             tried += len(plans)
             good = [plan for plan in plans if not plan.problems]

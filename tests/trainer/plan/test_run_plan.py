@@ -12,7 +12,7 @@ from trainer.plan.parameters import Tuning
 from trainer.plan.run_plan import plan_run
 from trainer.plan.search import changes_of, search
 from trainer.plan.speed import Pass, network_bytes_per_s, pass_flops, step_traffic
-from trainer.plan.work import Machine, Price, RunPlan, Work
+from trainer.plan.work import Machine, Price, Rollout, RunPlan, Work
 
 SEVEN_B: dict[str, Any] = {
     "model_type": "llama",
@@ -199,3 +199,16 @@ def test_flops_of_a_pass() -> None:
     adapter = Model("policy", SEVEN_B, Tuning("lora", rank=8))
     trained = pass_flops(Pass(adapter, 1.0, 2048, trains=True), recomputes=False)
     assert 2 * forward < trained < 2.1 * forward
+
+
+def test_too_many_keys_and_values_are_named_with_a_number_that_fits() -> None:
+    policy = Model("policy", SEVEN_B, Tuning("lora", rank=8))
+    rollout = Rollout(policy, 256, 512, 512, cached_tokens=32768)
+    passes = (Pass(policy, 2**18, 1024, trains=True),)
+    work = make_work(models=(policy,), passes=passes, row_length=1024, rollout=rollout)
+    site = dataclasses.replace(V100, nodes=1)
+    found = plan_run(work, EnginePlan(3, "fp16"), site)
+    (problem,) = found.problems
+    number = int(problem.partition("stage.sampling.cached_tokens=")[2].split()[0])
+    smaller = dataclasses.replace(work, rollout=dataclasses.replace(rollout, cached_tokens=number))
+    assert plan_run(smaller, EnginePlan(3, "fp16"), site).problems == ()
