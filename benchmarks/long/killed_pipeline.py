@@ -4,8 +4,8 @@
         cluster.nodes=2 cluster.gpus_per_node=1
 
 First the pipeline here, undisturbed, then its graph of jobs on the cluster that ``sbatch`` leads
-to. In each run a random step is drawn; when the journal shows it, all ranks get SIGKILL, Slurm
-requeues the job, and it resumes. Compared are the last losses of every run and the weights of every
+to. In each run a step of its first half is drawn; when the journal shows it, all ranks get SIGKILL, the
+job is requeued, and resumes. Compared are the last losses of every run and the weights of every
 export, bit by bit. Prints a table and ends with a line of JSON; exit code 1 when something differs.
 """
 
@@ -81,10 +81,25 @@ def disturb(folder: Path, draw: random.Random, timeout_s: float) -> dict[str, in
         for name, step in states.items():
             if step.kind == "run" and step.state in ("submitted", "running"):
                 hurry(step)
-                if name not in kills and is_due(Path(step.folder), name, targets, draw):
+                due = name not in kills and is_due(Path(step.folder), name, targets, draw)
+                if due and kill_ranks(str(step.job)):
                     kills[name] = targets[name]
-                    subprocess.run(["scancel", "--signal=KILL", str(step.job)], check=True)
         time.sleep(POLL_S)
+
+
+def kill_ranks(job: str) -> bool:
+    """Send SIGKILL to the step of a job that runs now; sent to the job, it would cancel that.
+
+    Returns:
+        Whether there was one.
+    """
+    command = ["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    numbers = [int(name.partition(".")[2]) for name in found if name.partition(".")[2].isdigit()]
+    if not numbers:
+        return False
+    subprocess.run(["scancel", "--signal=KILL", f"{job}.{max(numbers)}"], check=True)
+    return True
 
 
 def is_due(run: Path, name: str, targets: dict[str, int], draw: random.Random) -> bool:
@@ -97,7 +112,7 @@ def is_due(run: Path, name: str, targets: dict[str, int], draw: random.Random) -
         targets[name] = 0
         return True
     if name not in targets:
-        targets[name] = draw.randint(1, max(1, max_steps(run) - 1))
+        targets[name] = draw.randint(1, max(1, max_steps(run) // 2))  # well before its end
     return any(record["step"] >= targets[name] for record in journal(run, "train"))
 
 
