@@ -4,8 +4,8 @@
         cluster.nodes=2 cluster.gpus_per_node=1
 
 First the pipeline here, undisturbed, then its graph of jobs on the cluster that ``sbatch`` leads
-to. In each run a step of its first half is drawn; when the journal shows it, all ranks get SIGKILL, the
-job is requeued, and resumes. Compared are the last losses of every run and the weights of every
+to. In each run a step of its first half is drawn; when the journal shows it, all ranks get SIGKILL,
+the job is requeued, and resumes. Compared are the last losses of every run and the weights of every
 export, bit by bit. Prints a table and ends with a line of JSON; exit code 1 when something differs.
 """
 
