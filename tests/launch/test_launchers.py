@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from probe_runs import PROBE, ROOT, RUN, SCRIPTS, check_ranks, environment, words
 
+from launch.rank_log import rank_log
 from launch.rendezvous import free_port
 from trainer.errors import EXIT_RESUME
 
@@ -64,6 +65,9 @@ def test_plain_python_starts_the_ranks_itself(tmp_path: Path) -> None:
     check_ranks(tmp_path, "local")
     assert "rank 0 is here" in done.stdout
     assert "[rank 1] rank 1 is here" in done.stderr
+    for rank in (0, 1):
+        lines = rank_log(tmp_path, rank).read_text().splitlines()
+        assert f" rank {rank} of 2, process " in lines[0] and f"rank {rank} is here" in lines
 
 
 def test_torchrun(tmp_path: Path) -> None:
