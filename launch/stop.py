@@ -75,8 +75,9 @@ def request_stop(facts: RunFacts) -> str:
     when = f" (about {show_duration(seconds)} a step)" if seconds and seconds >= 1 else ""
     at = f" {facts.step}" if facts.step is not None else ""
     return (
-        f"after the step that follows{at or ' the present one'}{when} all ranks save and leave; "
-        f"the job is not requeued. `kuroshio resume {facts.run_dir}` goes on"
+        f"after the step that follows{at or ' the present one'}{when} all ranks save and leave"
+        f"{'; the job is not requeued' if facts.job_ids else ''}. "
+        f"`kuroshio resume {facts.run_dir}` goes on"
     )
 
 

@@ -34,8 +34,8 @@ class Row:
     starts_s: float | None = None  # to the expected start of a waiting job
     figures: dict[str, float] = field(default_factory=dict)
     tokens_per_s: float | None = None
-    gpu_hours: float | None = None  # or hours of processes, where ranks run on CPU
-    is_cpu: bool = False
+    gpu_hours: float | None = None  # one rank is one GPU; ``hours_unit`` says if it is none
+    hours_unit: str = "GPU-h"
     is_lower_bound: bool = False  # the end of a life is unknown, so there was more
     planned_gpu_hours: float | None = None
     costs: list[Cost] = field(default_factory=list)
@@ -92,7 +92,7 @@ def build_row(facts: RunFacts, jobs: Mapping[str, Job] | None, name: str = "") -
         figures=read_figures(facts),
         tokens_per_s=figure(facts.train, "tokens_per_s"),
         gpu_hours=hours if facts.lives else None,
-        is_cpu=facts.runs_on_cpu,
+        hours_unit=facts.hours_unit,
         is_lower_bound=not is_whole,
         planned_gpu_hours=planned_gpu_hours(facts),
         costs=costs,

@@ -113,8 +113,7 @@ def spent_lines(row: Row) -> list[str]:
         return []
     more = "≥ " if row.is_lower_bound else ""
     plan = f" of {row.planned_gpu_hours:,.2f}" if row.planned_gpu_hours else ""
-    unit = "CPU rank-h" if row.is_cpu else "GPU-h"
-    lines = [f"{more}{row.gpu_hours:,.2f}{plan} {unit}"]
+    lines = [f"{more}{row.gpu_hours:,.2f}{plan} {row.hours_unit}"]
     return lines + [f"{more}{c.currency} {c.amount:,.2f} {c.who}" for c in row.costs]
 
 

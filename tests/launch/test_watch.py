@@ -43,7 +43,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "160")
     runs = tmp_path / "runs"
-    cluster = {"site": {"prices": PRICES}}
+    cluster = {"site": {"prices": PRICES, "gpus_per_node": 8}}
     run = RunFolder(runs / "sft", now, cluster=cluster).submitted("7", plan={"gpu_hours": 9.5})
     run.life(3600, job="7", world_size=8).train(120, 1, accuracy=0.875).save(100, 240).hold(1)
     wandb = runs / "sft" / "wandb" / "offline-run-1"

@@ -46,8 +46,7 @@ def summarise_jobs(facts: RunFacts, time_limit: float | None = None) -> list[tup
         return rows
     hours, is_whole = facts.rank_hours(is_alive=False)
     more = "" if is_whole else "at least "
-    unit = "Hours of ranks" if facts.runs_on_cpu else "GPU-hours"
-    rows.append((unit, f"{more}{hours:,.2f}{_planned(facts)}"))
+    rows.append(("Spent", f"{more}{hours:,.2f}{_planned(facts)} {facts.hours_unit}"))
     rows += [
         (f"Cost, {c.who}", f"{more}{c.currency} {c.amount:,.2f} ({c.source}, {c.date})")
         for c in facts.costs(hours)

@@ -74,9 +74,10 @@ class RunFacts:
         return str(section(self.config, "stage").get("name") or "")
 
     @property
-    def runs_on_cpu(self) -> bool:
-        """Return whether the profile says that ranks have no GPU."""
-        return section(section(self.config, "cluster"), "site").get("gpus_per_node") == 0
+    def hours_unit(self) -> str:
+        """Return what an hour of a rank is by the profile, which may not know."""
+        gpus = section(section(self.config, "cluster"), "site").get("gpus_per_node")
+        return "rank-h" if gpus is None else "GPU-h" if gpus else "CPU rank-h"
 
     @property
     def max_steps(self) -> int | None:

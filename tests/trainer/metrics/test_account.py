@@ -36,7 +36,7 @@ def test_jobs_hours_and_cost(tmp_path: Path) -> None:
     assert rows["Slurm jobs"] == "7, 9" and rows["Cluster"] == "taiwania2"
     assert rows["Training left"] == "0:09:20" and rows["Time left to its job"] == "0:01:40"
     assert rows["Last checkpoint"].startswith("step 100, ")
-    assert rows["GPU-hours"] == "7.99 of 9.50 planned"  # 4 ranks: 1 h, and 1 h to the last record
+    assert rows["Spent"] == "7.99 of 9.50 planned rank-h"  # 4 ranks: 1 h, and 1 h to the last record
     assert rows["Cost, academic"] == "TWD 79.89 (page, 2026)"
     assert "Time left to its job" not in dict(summarise_jobs(facts, time_limit=NOW - 1))
 
@@ -45,7 +45,7 @@ def test_unknown_stays_unknown(tmp_path: Path) -> None:
     assert summarise_jobs(read_run(RunFolder(tmp_path / "new", NOW).path, NOW)) == []
     run = RunFolder(tmp_path / "lost", NOW, cluster={"site": {"gpus_per_node": 0}})
     run.life(7200).life(3600, token=2).end(0, 0, token=2)
-    assert summarise_jobs(read_run(run.path, NOW)) == [("Hours of ranks", "at least 4.00")]
+    assert summarise_jobs(read_run(run.path, NOW)) == [("Spent", "at least 4.00 CPU rank-h")]
 
 
 def test_lives(tmp_path: Path) -> None:
