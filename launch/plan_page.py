@@ -57,7 +57,7 @@ def show_search(found: Search, console: Console, max_rows: int) -> None:
         console.print(f"\nnever fit ({len(found.refused)} kinds), by what comes nearest:")
     for refusal in found.refused[:max_rows]:
         engine = show_engine(refusal.engine)
-        console.print(f"  {engine}, {refusal.nodes} nodes: {refusal.reason}")
+        console.print(f"  {engine}, {_nodes(refusal.nodes)}: {refusal.reason}")
 
 
 def show_engine(engine: EnginePlan | RunPlan) -> str:
@@ -67,7 +67,7 @@ def show_engine(engine: EnginePlan | RunPlan) -> str:
         words += f" all on {engine.offload_params}"
     elif engine.offload_optimizer != "none":
         words += f" optimizer on {engine.offload_optimizer}"
-    return words + (", again" if engine.activation_checkpointing else "")
+    return words + (", recomputing" if engine.activation_checkpointing else "")
 
 
 def _search_cells(plan: RunPlan) -> list[str]:
@@ -130,7 +130,10 @@ def _who(plan: RunPlan) -> Iterator[Row]:
     if plan.offload_params != "none":
         engine += f", parameters on {plan.offload_params}"
     engine += ", activations computed again" if plan.activation_checkpointing else ""
-    yield "engine", f"{engine}, {plan.micro_batch_size} rows at once"
+    yield (
+        "engine",
+        f"{engine}, {plan.micro_batch_size} row{'s' if plan.micro_batch_size > 1 else ''} at once",
+    )
     for role, kinds in plan.parameters.items():
         parts = ", ".join(f"{kind} {number:,}" for kind, number in kinds.items())
         yield role, f"{sum(kinds.values()):,} parameters: {parts}"
@@ -138,8 +141,11 @@ def _who(plan: RunPlan) -> Iterator[Row]:
 
 
 def _gpus(plan: RunPlan) -> str:
-    nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
-    return f"{plan.num_gpus} GPUs ({nodes} x {plan.gpus_per_node})"
+    return f"{plan.num_gpus} GPUs ({_nodes(plan.nodes)} x {plan.gpus_per_node})"
+
+
+def _nodes(number: int) -> str:
+    return f"{number} node{'s' if number > 1 else ''}"
 
 
 def _gpu(plan: RunPlan) -> Iterator[Row]:
