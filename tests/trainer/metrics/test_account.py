@@ -36,7 +36,7 @@ def test_jobs_hours_and_cost(tmp_path: Path) -> None:
     assert rows["Slurm jobs"] == "7, 9" and rows["Cluster"] == "taiwania2"
     assert rows["Training left"] == "0:09:20" and rows["Time left to its job"] == "0:01:40"
     assert rows["Last checkpoint"].startswith("step 100, ")
-    assert rows["Spent"] == "7.99 of 9.50 planned rank-h"  # 4 ranks: 1 h, and 1 h to the last record
+    assert rows["Spent"] == "7.99 of 9.50 planned rank-h"  # 4 ranks, twice 1 h
     assert rows["Cost, academic"] == "TWD 79.89 (page, 2026)"
     assert "Time left to its job" not in dict(summarise_jobs(facts, time_limit=NOW - 1))
 
