@@ -44,10 +44,10 @@ def main(arguments: Sequence[str]) -> int:
         summary.show(validation.build_run(values))
         return 0
     found = rendezvous.detect(os.environ)
+    if options.config not in (None, "-"):
+        world.adopt_world(values, found, os.environ)
     if found.launcher == "plain" and _num_ranks(values) > 1:
         return start_ranks(values)
-    if options.config not in (None, "-"):
-        world.adopt_world(values, found)
     with rank_log.kept(values, found):
         return run_rank(values, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from launch.rendezvous import Rendezvous
@@ -12,22 +13,31 @@ from trainer.errors import ConfigError
 LOG = logging.getLogger(__name__)
 
 
-def adopt_world(values: dict[str, Any], found: Rendezvous) -> None:
+def adopt_world(values: dict[str, Any], found: Rendezvous, environ: Mapping[str, str]) -> None:
     """Set a frozen config's nodes and ranks a node to what the job has; they may change.
 
     A job may start on fewer nodes than the run was frozen with (``--nodes=1-2``, one is down), or a
     user resumes it in a job of another size. A launcher that deals ranks unevenly changes nothing.
     """
-    per_node, cluster = found.local_world_size, values.get("cluster")
-    if found.launcher in ("plain", "local") or not isinstance(cluster, dict):
+    cluster = values.get("cluster")
+    world = job_world(found, environ)
+    if world is None or not isinstance(cluster, dict):
         return
-    if found.world_size % per_node:
-        return
-    world = {"nodes": found.world_size // per_node, "gpus_per_node": per_node}
     old = {key: cluster.get(key) for key in world}
     if old != world and found.rank == 0:
         LOG.warning("the run has %s, this job %s: it goes on with those", old, world)
     cluster |= world
+
+
+def job_world(found: Rendezvous, environ: Mapping[str, str]) -> dict[str, int] | None:
+    """Return ``nodes`` and ``gpus_per_node`` of the job, as far as it says; None for nothing."""
+    if found.launcher == "plain":
+        # The only task of its step: as many ranks as the run has on a node, but one node.
+        return {"nodes": 1} if "SLURM_STEP_NODELIST" in environ else None
+    per_node = found.local_world_size
+    if found.launcher == "local" or found.world_size % per_node:
+        return None
+    return {"nodes": found.world_size // per_node, "gpus_per_node": per_node}
 
 
 def check_world(found: Rendezvous, cluster: ClusterConfig) -> None:

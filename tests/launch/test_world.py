@@ -35,6 +35,13 @@ def test_a_frozen_config_takes_its_world_from_the_job(
     launcher: str, world_size: int, local: int, expected: tuple[int, int]
 ) -> None:
     values = {"cluster": {"nodes": 2, "gpus_per_node": 2, "timeout_s": 9}}
-    adopt_world(values, Rendezvous(0, world_size, 0, local, "n1", 1234, launcher))
+    adopt_world(values, Rendezvous(0, world_size, 0, local, "n1", 1234, launcher), {})
     nodes, gpus = expected
     assert values == {"cluster": {"nodes": nodes, "gpus_per_node": gpus, "timeout_s": 9}}
+
+
+def test_the_only_task_of_a_step_is_one_node() -> None:
+    alone = Rendezvous(0, 1, 0, 1, "127.0.0.1", 1234, "plain")
+    values = {"cluster": {"nodes": 2, "gpus_per_node": 2}}
+    adopt_world(values, alone, {"SLURM_STEP_NODELIST": "n1"})
+    assert values == {"cluster": {"nodes": 1, "gpus_per_node": 2}}
