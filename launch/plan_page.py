@@ -110,7 +110,9 @@ def describe(plan: RunPlan) -> list[Row]:
 
 
 def show_gb(size: float) -> str:
-    """Return bytes as GB, of 10^9 bytes."""
+    """Return bytes as GB of 10^9 bytes, or as MB."""
+    if size < 0.1 * GB:
+        return f"{size / 1e6:,.1f} MB"
     return f"{size / GB:,.2f} GB" if size < 10 * GB else f"{size / GB:,.1f} GB"
 
 

@@ -22,6 +22,7 @@ from trainer.plan.parameters import (
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_AND_MOMENTS = 12  # bytes a trained parameter: fp32 weight, Adam's two moments
+SUB_GROUP_ELEMENTS = 10**9  # of parameters that DeepSpeed brings back from a disk together
 Place = Literal["none", "cpu", "nvme"]
 
 
@@ -90,7 +91,7 @@ class Counts:
         plain: elements stored in the engine's precision.
         packed: elements stored in 4 or 8 bits.
         packed_bytes: what those take.
-        largest: elements of the largest parameter.
+        largest: elements of the largest parameter that is trained.
     """
 
     by_kind: Mapping[str, int]
@@ -121,6 +122,7 @@ def _count(model: Model) -> Counts:
     adapters = adapter_parameters(tuning, own) if tuning and tuning.adapts else []
     num_adapters = sum(p.numel for p in adapters)
     packed = [p for p in own if model.quantization and _is_packed(p)]
+    names = trained | {p.name for p in adapters}
     by_kind: dict[str, int] = {}
     for parameter in own:
         by_kind[parameter.kind] = by_kind.get(parameter.kind, 0) + parameter.numel
@@ -133,7 +135,7 @@ def _count(model: Model) -> Counts:
         plain=sum(by_kind.values()) - num_packed,
         packed=num_packed,
         packed_bytes=sum(_packed_bytes(p, str(model.quantization)) for p in packed),
-        largest=max(p.numel for p in own),
+        largest=max((p.numel for p in (*own, *adapters) if p.name in names), default=0),
         trained_head=sum(p.numel for p in own if p.name in trained and p.kind == "head"),
         trained_matrices=sum(p.numel for p in own if p.name in trained and p.kind == "matrix"),
     )
@@ -209,6 +211,8 @@ def state_bytes(models: Sequence[Model], engine: EnginePlan, world_size: int) ->
         host["optimizer"] = states
     else:
         nvme += states
+        # Weight, gradient, two moments and a spare, of one group of parameters at a time.
+        host["buffers of the disk"] = 5.0 * 4 * min(trained / world_size, SUB_GROUP_ELEMENTS)
     return StateBytes(gpu, host, nvme)
 
 

@@ -97,8 +97,9 @@ def search(
 def rank(plan: RunPlan) -> tuple[float, ...]:
     """Return what orders plans: GPU-hours, which are the price, then hours, then memory left."""
     seconds = plan.step_seconds
-    if seconds is None:  # of an unknown device: fewest GPUs, least traffic
-        return plan.num_gpus, plan.network_bytes, plan.peak_bytes
+    if seconds is None:  # of an unknown device: fewest GPUs, least work, least traffic
+        num_moved = (plan.offload_optimizer != "none") + (plan.offload_params != "none")
+        return plan.num_gpus, num_moved, plan.flops_per_step, plan.network_bytes, plan.peak_bytes
     # The order must not change with the number of steps, which may be unknown.
     return round(seconds * plan.num_gpus, 6), seconds, plan.peak_bytes
 

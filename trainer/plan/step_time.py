@@ -115,6 +115,8 @@ def _adam_seconds(
     """Return how long the host's cores update their share of the weights, in a step."""
     if engine.offload_optimizer == "none":
         return 0.0
+    if engine.offload_optimizer == "nvme":
+        remarks.append("the disk's rate is unknown: reading and writing it is not in the time")
     if machine.cpus_per_gpu is None:
         remarks.append("cores a GPU are unknown: Adam on the host is not in the time")
         return None
