@@ -91,26 +91,27 @@ def kill_ranks(job: str) -> bool:
     """Send SIGKILL to the step of a job that runs now; sent to the job, it would cancel that.
 
     Returns:
-        Whether there was one.
+        Whether there was one that Slurm could kill.
     """
-    command = ["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    numbers = [int(name.partition(".")[2]) for name in found if name.partition(".")[2].isdigit()]
-    if not numbers:
+    command = ["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    # Not the step that makes a folder on every node: without it the job could not go on.
+    found = [line.split()[0] for line in lines if line.split()[1:] == ["python"]]
+    if not found:
         return False
-    subprocess.run(["scancel", "--signal=KILL", f"{job}.{max(numbers)}"], check=True)
-    return True
+    return subprocess.run(["scancel", "--signal=KILL", found[-1]], check=False).returncode == 0
 
 
 def is_due(run: Path, name: str, targets: dict[str, int], draw: random.Random) -> bool:
     """Say whether a run has come to the step after which it is to be killed."""
-    lives = [life for life in read_lives(run) if "started" in life]
-    if not lives:
-        return False
     values = read_json(run.parent / "steps" / f"{name}.json") or {}
-    if values["stage"] == "vocab":  # has no steps: as soon as it began
+    if (
+        values["stage"] == "vocab"
+    ):  # has no steps, and is soon over: as soon as its process is there
         targets[name] = 0
         return True
+    if not any("started" in life for life in read_lives(run)):
+        return False
     if name not in targets:
         targets[name] = draw.randint(1, max(1, max_steps(run) // 2))  # well before its end
     return any(record["step"] >= targets[name] for record in journal(run, "train"))

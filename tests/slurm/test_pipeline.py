@@ -174,4 +174,6 @@ def test_a_pipeline_whose_runs_are_all_killed_ends_as_an_unbroken_one(
     result = json.loads(done.stdout.splitlines()[-1])
     runs = {name: row for name, row in result["steps"].items() if name in result["kills"]}
     assert {*runs} == {"base", "vocab", "continued", "tuned", "reward", "dpo", "ppo"}
-    assert all(row["equal"] and row["lives"] == 2 for row in runs.values()), runs
+    # The vocabulary's process died before it could say that it had begun.
+    assert all(row["lives"] == 1 + (name != "vocab") for name, row in runs.items()), runs
+    assert all(row["equal"] for row in result["steps"].values())
