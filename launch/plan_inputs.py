@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
+from launch.plan_models import make_model
 from trainer.config import ModelConfig, PeftConfig, RunConfig
 from trainer.config.cluster import host_gb_per_gpu, job_gpu, partition_limits, time_limit_s
-from trainer.errors import ConfigError
 from trainer.models.architecture import read_architecture
-from trainer.models.families import ALL_LINEAR, lora_targets
 from trainer.plan.flops import device_peak
 from trainer.plan.memory import EnginePlan, Model
-from trainer.plan.parameters import Tuning
 from trainer.plan.speed import Pass
 from trainer.plan.work import Machine, Price, Rollout, Work
 
@@ -91,86 +86,6 @@ def read_work(config: RunConfig) -> Work | None:
     return makers.get(stage, _language_work)(config)
 
 
-def planned_architecture(config: RunConfig) -> dict[str, Any]:
-    """Return the architecture with its vocabulary's rows: a tokenizer's, for a new model.
-
-    Raises:
-        ConfigError: nothing says how many rows there are.
-    """
-    model = config.model
-    architecture = read_architecture(model)
-    if model.path is not None or "vocab_size" in architecture:
-        return architecture
-    path = config.tokenizer.path
-    if path is None:
-        raise ConfigError(
-            "model.architecture.vocab_size is not set and tokenizer.path is null: nothing says how "
-            "many rows the vocabulary has; give +model.architecture.vocab_size=ROWS"
-        )
-    rows = -(-num_ids(Path(path)) // model.pad_vocab_to) * model.pad_vocab_to
-    return {**architecture, "vocab_size": rows}
-
-
-def num_ids(path: Path) -> int:
-    """Return how many ids a tokenizer has, without loading it as one."""
-    try:
-        described = path / "tokenizer.json" if path.is_dir() else path
-        if described.suffix == ".json" and described.is_file():
-            tokenizer = json.loads(described.read_text(encoding="utf-8"))
-            vocabulary = tokenizer["model"]["vocab"]
-            ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-            return 1 + max([*ids, *(token["id"] for token in tokenizer["added_tokens"])])
-        from sentencepiece import SentencePieceProcessor
-
-        model = path / "tokenizer.model" if path.is_dir() else path
-        return int(SentencePieceProcessor(model_file=str(model)).get_piece_size())
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(
-            f"tokenizer.path={path}: its ids cannot be counted ({error}); give a tokenizer, or "
-            "+model.architecture.vocab_size=ROWS"
-        ) from error
-
-
-def _tuning(peft: PeftConfig, architecture: Mapping[str, Any]) -> Tuning:
-    targets: Any = peft.target_modules
-    if targets == "auto":
-        targets = lora_targets(architecture)
-    return Tuning(
-        mode=peft.mode,
-        trainable=peft.trainable,
-        trainable_layers=peft.trainable_layers,
-        rank=_adapter_rank(peft),
-        dora=peft.dora,
-        targets=None if targets in (ALL_LINEAR, "all-linear") else tuple(targets),
-        train_embeddings=peft.train_embeddings,
-        quantization=peft.quantization,
-    )
-
-
-def _adapter_rank(peft: PeftConfig) -> int:
-    """Return the rank of new adapters, or of the one that is continued."""
-    if peft.adapter is None:
-        return peft.rank
-    path = Path(peft.adapter) / "adapter_config.json"
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"peft.adapter={peft.adapter} is no adapter folder: {error}") from error
-
-
-def _model(config: RunConfig, role: str, **kind: Any) -> Model:
-    """Return a model of the model group, trained as the peft group says."""
-    architecture = planned_architecture(config)
-    peft = config.peft
-    return Model(
-        role,
-        architecture,
-        _tuning(peft, architecture),
-        quantization=peft.quantization if peft.mode == "qlora" else None,
-        **kind,
-    )
-
-
 def _work(config: RunConfig, models: list[Model], passes: list[Pass], **more: Any) -> Work:
     loop = config.loop
     given = {
@@ -189,13 +104,13 @@ def _work(config: RunConfig, models: list[Model], passes: list[Pass], **more: An
 
 
 def _language_work(config: RunConfig) -> Work:
-    policy = _model(config, "policy")
+    policy = make_model(config, "policy")
     tokens, length = config.loop.global_batch_tokens, config.data.max_length
     return _work(config, [policy], [Pass(policy, tokens, length, trains=True)])
 
 
 def _reward_work(config: RunConfig) -> Work:
-    model = _model(config, "reward model", scalar=True)
+    model = make_model(config, "reward model", scalar=True)
     tokens, length = config.loop.global_batch_tokens, config.data.max_length
     return _work(config, [model], [Pass(model, tokens, length, trains=True)])
 
@@ -213,7 +128,7 @@ def _preference_work(config: RunConfig) -> Work:
         asked = "adapter_off" if adapters_suffice(config.peft) else "cached"
     if config.stage.get("objective", {}).get("name") in WITHOUT_REFERENCE:
         asked = "none"
-    policy = _model(config, "policy", frozen_adapters=_frozen_adapters(config, asked))
+    policy = make_model(config, "policy", frozen_adapters=_frozen_adapters(config, asked))
     models, passes = [policy], [Pass(policy, tokens, length, trains=True)]
     once: tuple[Pass, ...] = ()
     if asked == "streaming" and not adapters_suffice(config.peft):
@@ -234,7 +149,7 @@ def _frozen_adapters(config: RunConfig, reference: str) -> int:
 
 def _frozen_copy(config: RunConfig) -> Model:
     """Return the start model, held beside the policy."""
-    model = _model(config, "reference")
+    model = make_model(config, "reference")
     return dataclasses.replace(model, tuning=None)
 
 
@@ -246,7 +161,7 @@ def _ppo_work(config: RunConfig) -> Work:
     tokens = num_samples * row
     shared = stage["models"] == "shared"
     with_critic = stage["advantage"] == "gae"
-    policy = _model(
+    policy = make_model(
         config,
         "policy",
         num_adapters=1 + (shared and with_critic),
@@ -285,13 +200,13 @@ def _critic(config: RunConfig) -> Model:
     """Return the critic: the folder it starts from, else a copy of the policy."""
     folder = config.stage["critic"]
     if folder is None:
-        return _model(config, "critic", scalar=True)
+        return make_model(config, "critic", scalar=True)
     start = dataclasses.replace(
         config,
         model=ModelConfig(name="critic", path=folder),
         peft=dataclasses.replace(config.peft, adapter=None),
     )
-    return _model(start, "critic", scalar=True)
+    return make_model(start, "critic", scalar=True)
 
 
 def _judges(config: RunConfig) -> list[Model]:

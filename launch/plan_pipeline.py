@@ -15,7 +15,7 @@ from rich.table import Table
 
 from launch.graph.check import Values, compose_runs, hands_over, replaced
 from launch.graph.definition import Pipeline, TokenizerOptions, read_pipeline
-from launch.plan_inputs import num_ids, planned_architecture
+from launch.plan_models import num_ids, planned_architecture
 from launch.plan_page import show_gb, show_hours, show_remarks
 from launch.planning import plan_config
 from trainer.config import RunConfig, load_config

@@ -16,7 +16,8 @@ import pytest
 from launch import run_folder
 from launch.compose import compose_config
 from launch.plan import main
-from launch.plan_inputs import WITHOUT_REFERENCE, num_ids, read_work
+from launch.plan_inputs import WITHOUT_REFERENCE, read_work
+from launch.plan_models import num_ids
 from launch.planning import plan_config
 from launch.report import plan_anew
 from trainer.errors import ConfigError
