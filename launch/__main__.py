@@ -125,11 +125,11 @@ def leave(code: int) -> NoReturn:
     # srun --kill-on-bad-exit sends SIGTERM to the tasks that leave a moment after the first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if "launch.agreement" in sys.modules:
+    if "launch.agreement" in sys.modules or (code and "mpi4py.MPI" in sys.modules):
         # A rank. In the middle of a run, the teardown of a group whose other ranks are gone aborts
-        # or hangs. After its end too: DeepSpeed keeps the group alive, and a thread of gloo that
-        # drops its last tensor while Python ends aborts ("terminate called without an active
-        # exception").
+        # or hangs, and MPI's waits for ranks that wait for this one. After its end too: DeepSpeed
+        # keeps the group alive, and a thread of gloo that drops its last tensor while Python ends
+        # aborts ("terminate called without an active exception").
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

