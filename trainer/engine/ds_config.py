@@ -76,7 +76,8 @@ def make_ds_config(
 
 def _zero(engine: EngineConfig, size: ModelSize, world_size: int, on_cuda: bool) -> dict[str, Any]:
     """Return the ``zero_optimization`` block."""
-    bucket = max(1, min(MAX_BUCKET_ELEMENTS, size.num_params))
+    elements = max(1, min(MAX_BUCKET_ELEMENTS, size.num_params))
+    bucket = elements + elements % 2  # ZeRO-1 and 2 refuse an odd one
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
         "reduce_bucket_size": bucket,

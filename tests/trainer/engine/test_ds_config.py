@@ -73,6 +73,8 @@ def test_buckets_are_no_larger_than_the_model() -> None:
     assert make(ENGINES[1])["zero_optimization"]["reduce_bucket_size"] == 1000
     large = make(ENGINES[1], size=ModelSize(10**10, 10**8))
     assert large["zero_optimization"]["reduce_bucket_size"] == MAX_BUCKET_ELEMENTS
+    odd = make(ENGINES[1], size=ModelSize(1001, 301))["zero_optimization"]
+    assert odd["allgather_bucket_size"] == 1002  # DeepSpeed refuses an odd one
 
 
 def test_nvme_buffers_hold_the_largest_share() -> None:
