@@ -1,12 +1,13 @@
 """A pipeline on a Slurm cluster, each run killed once at a random step, against one unbroken.
 
-    python benchmarks/long/killed_pipeline.py --out /shared/folder --cluster cluster=local_slurm \
-        cluster.nodes=2 cluster.gpus_per_node=1
+    OMP_NUM_THREADS=1 python benchmarks/long/killed_pipeline.py --out /shared/folder --cluster \
+        cluster=local_slurm cluster.nodes=2 cluster.gpus_per_node=1 cluster.site.cpus_per_gpu=1
 
 First the pipeline here, undisturbed, then its graph of jobs on the cluster that ``sbatch`` leads
 to. In each run a step of its first half is drawn; when the journal shows it, all ranks get SIGKILL,
 the job is requeued, and resumes. Compared are the last losses of every run and the weights of every
-export, bit by bit. Prints a table and ends with a line of JSON; exit code 1 when something differs.
+export, bit by bit; both need the same ranks with the same number of threads each, which decides the
+last bits of sums. Prints a table and ends with a line of JSON; exit code 1 when something differs.
 """
 
 from __future__ import annotations
