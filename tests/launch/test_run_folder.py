@@ -170,6 +170,8 @@ def test_a_stages_newer_field_had_its_default_too(tmp_path: Path) -> None:
     assert check(tmp_path, noisy) == {}  # a login node leaves it to the ranks
     old["stage"]["neftune_alpha"] = 1.0
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    silent = load_config({**whole, "stage": {"name": "sft"}})
+    assert check(tmp_path, silent) == {}  # nor does it know what is meant by nothing
     with pytest.raises(ConfigError, match=r"neftune_alpha: 1\.0 there, 5\.0 now"):
         check(tmp_path, noisy)
 

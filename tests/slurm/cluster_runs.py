@@ -55,12 +55,11 @@ class Runs:
             return submission.submit_run(values, run_dir)
 
     def ranks(self, run_dir: Path) -> dict[str, list[int]]:
-        """Return the processes of a run's ranks on each node."""
+        """Return the processes of a run's ranks on each node; "" is all nodes in one."""
         word = f"run --config {run_dir}/config.yaml"
-        found = {
-            name: [pid for pid in machine.processes() if _is_rank(pid, word)]
-            for name, machine in self.cluster.machines.items()
-        }
+        nodes = {name: machine.processes() for name, machine in self.cluster.machines.items()}
+        nodes = nodes or {"": self.cluster.processes()}
+        found = {name: [pid for pid in pids if _is_rank(pid, word)] for name, pids in nodes.items()}
         return {name: pids for name, pids in found.items() if pids}
 
 

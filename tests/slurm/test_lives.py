@@ -103,7 +103,7 @@ def test_a_killed_rank_is_survived(
     run_dir = tmp_path / "run"
     job = runs.submit(runs.values(run_dir), **SLOW)
     wait_until(lambda: read_step(run_dir) >= 7, "step 7")
-    *_, [victim] = runs.ranks(run_dir).values()
+    *_, (victim, *_) = runs.ranks(run_dir).values()
     os.kill(victim, signal.SIGKILL)
     cluster.wait(job, "COMPLETED")
     assert cluster.show(job)["Restarts"] == "1"

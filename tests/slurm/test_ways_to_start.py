@@ -63,7 +63,8 @@ def submit_mpirun(cluster: Cluster, folder: Path, *more: str) -> str:
 
 def test_mpirun_starts_the_ranks_on_the_nodes_of_its_job(cluster: Cluster, tmp_path: Path) -> None:
     cluster.wait(submit_mpirun(cluster, tmp_path), "COMPLETED")
-    assert check_ranks(tmp_path / "run", "mpi", num_nodes=2, per_node=1) < set(cluster.nodes)
+    [meeting] = check_ranks(tmp_path / "run", "mpi", num_nodes=2, per_node=1)
+    assert meeting in cluster.nodes or cluster.variant == "simple"
 
 
 def test_mpirun_ends_with_a_failing_rank(cluster: Cluster, tmp_path: Path) -> None:
