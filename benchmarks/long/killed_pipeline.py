@@ -176,12 +176,15 @@ def identity(folder: Path) -> dict[str, Any]:
 
 def show(rows: dict[str, dict[str, Any]], kills: dict[str, int]) -> None:
     """Print a line for every step."""
-    print("\n| step | killed after | lives | loss unbroken | loss killed | equal |")
+    print("\n| step | killed after | lives | unbroken | killed | equal |")
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
-        losses = [row[side].get("train", {}).get("loss", "") for side in ("unbroken", "killed")]
+        last = [row[side].get("train", {}) for side in ("unbroken", "killed")]
+        shown = [
+            next((f"{key} {each[key]}" for key in FIGURES if key in each), "") for each in last
+        ]
         print(
-            f"| {name} | {kills.get(name, '')} | {row['lives']} | {losses[0]} | {losses[1]} "
+            f"| {name} | {kills.get(name, '')} | {row['lives']} | {shown[0]} | {shown[1]} "
             f"| {'yes' if row['equal'] else 'NO'} |"
         )
 
