@@ -23,6 +23,7 @@ from trainer.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("job.sbatch.j2")
 MIB = 2**20
+SHORT_SIGNAL_S = 120  # where the limit is not known: a limit below the signal would end every life
 # What a job takes over from the shell that submits it, if it is set there; no other secrets.
 EXPORTED = (
     "HOME,USER,LOGNAME,SHELL,PATH,LANG,LC_ALL,SLURM_CONF,HF_HOME,HF_TOKEN,"
@@ -245,7 +246,8 @@ def _template() -> Template:
 def by_hand(cluster: ClusterConfig) -> str:
     """Return the text of ``slurm/train.sbatch``, with the directives of one node of a site."""
     job = job_of(cluster, "kuroshio", "/run", "/code")
-    return render(replace(job, python="python", partition=None, time=None), by_hand=True)
+    job = replace(job, python="python", partition=None, time=None, signal_s=SHORT_SIGNAL_S)
+    return render(job, by_hand=True)
 
 
 def _directives(job: SlurmJob, by_hand: bool) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from launch.job_folder import (
     write_job,
 )
 from launch.planning import plan_config
-from launch.slurm import SlurmJob, job_of, one_task
+from launch.slurm import SHORT_SIGNAL_S, SlurmJob, job_of, one_task
 from launch.snapshot import copy_code
 from trainer.config import ClusterConfig, RunConfig, load_config
 from trainer.config.cluster import check_submission, partition_limits, time_limit_s
@@ -223,11 +223,11 @@ def signal_seconds(cluster: ClusterConfig, measured: Mapping[str, float]) -> int
         cluster: with the job's time limit.
         measured: seconds of each kind of work of the run, ``save`` and what stops for no signal.
     """
-    seconds = SIGNAL_S
+    limit = time_limit_s(cluster)
+    seconds = SIGNAL_S if limit is not None else SHORT_SIGNAL_S
     if "save" in measured:
         work = max((s for name, s in measured.items() if name != "save"), default=0.0)
         seconds = DELIVERY_S + math.ceil(work + SAVE_MARGIN * measured["save"])
-    limit = time_limit_s(cluster)
     return seconds if limit is None else min(seconds, limit // 2)
 
 

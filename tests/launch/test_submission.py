@@ -294,9 +294,10 @@ def test_a_whole_config_takes_no_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("time", "measured", "seconds"),
     [
-        (None, {}, 300),
+        ("01:00:00", {}, 300),
+        (None, {}, 120),  # nobody knows the limit, which may be short
         ("00:04:00", {}, 120),
-        (None, {"step": 3.0}, 300),
+        ("01:00:00", {"step": 3.0}, 300),
         (None, {"step": 3.0, "evaluation": 50.0, "save": 200.0}, 60 + 50 + 400),
         ("00:10:00", {"step": 3.0, "save": 500.0}, 300),
     ],
