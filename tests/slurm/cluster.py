@@ -12,11 +12,9 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -24,12 +22,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from cluster_files import free_network, make_folders, name_nodes, unname_nodes, write_config
 from cluster_jobs import Jobs
 from cluster_nodes import (
     ClusterError,
     Machine,
     all_processes,
-    call,
     can_make_machines,
     command_name,
     connect,
@@ -41,11 +39,9 @@ from cluster_nodes import (
     start_switch,
 )
 
-HERE = Path(__file__).resolve().parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter")
 INSTALL = "apt-get install slurmctld slurmd slurm-client munge iproute2 util-linux"
 RECORD = "cluster.json"
-NODE_PORT = 26818
 START_TIMEOUT_S = 60
 
 
@@ -146,12 +142,12 @@ def up(
     variant = variant or ("namespaces" if can_make_machines() else "simple")
     cluster = Cluster(folder.resolve(), variant, num_nodes, gpus_per_node)
     try:
-        _make_folders(cluster)
+        make_folders(cluster)
         if variant == "namespaces":
             _make_network(cluster)
         else:
-            _name_nodes(cluster)
-        _write_config(cluster)
+            name_nodes(cluster)
+        write_config(cluster)
         _start_daemons(cluster)
         cluster.wait_until_idle()
     except BaseException:
@@ -167,7 +163,7 @@ def down(cluster: Cluster, keep_folder: bool = False) -> None:
             with contextlib.suppress(ClusterError):  # then by force, as whatever is on the nodes
                 end_processes([cluster.daemons[name]], signal.SIGTERM)
     end_processes(cluster.processes())
-    _unname_nodes(cluster)
+    unname_nodes(cluster)
     if not keep_folder:
         shutil.rmtree(cluster.folder)
 
@@ -192,21 +188,9 @@ def missing() -> str:
     return f"needs {', '.join(absent)}: {INSTALL}" if absent else ""
 
 
-def _make_folders(cluster: Cluster) -> None:
-    own = [f"{part}/{node}" for part in ("spool", "disk") for node in cluster.nodes]
-    for name in ("run", "log", "state", "munge", "dev", "scratch", *own):
-        (cluster.folder / name).mkdir(parents=True)
-    for number in range(cluster.gpus_per_node):
-        path = cluster.folder / "dev" / f"nvidia{number}"
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    key = cluster.folder / "munge" / "key"
-    key.write_bytes(os.urandom(1024))
-    key.chmod(0o400)
-
-
 def _make_network(cluster: Cluster) -> None:
     """Make the switch and the nodes, each with its address, names, disk and shared memory."""
-    cluster.network = _free_network(cluster.tag)
+    cluster.network = free_network(cluster.tag)
     network, folder = cluster.network, cluster.folder
     host = f"{network}.1 {socket.gethostname().partition('.')[0]}"
     names = [f"{network}.{11 + i} {node}" for i, node in enumerate(cluster.nodes)]
@@ -222,51 +206,6 @@ def _make_network(cluster: Cluster) -> None:
         machine = cluster.machines[node] = start_machine(node, setup)
         connect(cluster.machines["switch"], node, machine, f"{network}.{11 + number}/24")
     cluster.save()
-
-
-def _free_network(tag: str) -> str:
-    """Return the first three numbers of a network that this host does not use."""
-    used = call("ip", "-o", "address")
-    first = int(tag, 16)
-    candidates = (f"10.{100 + n // 256 % 100}.{n % 256}" for n in range(first, first + 25600))
-    return next(network for network in candidates if f" {network}." not in used)
-
-
-def _write_config(cluster: Cluster) -> None:
-    folder, host = cluster.folder, socket.gethostname().partition(".")[0]
-    simple = cluster.variant == "simple"
-    plugin = any(Path("/usr/lib").glob("**/slurm*/job_submit_lua.so"))
-    template = (HERE / "slurm.conf.template").read_text()
-    addresses = f"NodeAddr={cluster.network}.[11-{10 + cluster.num_nodes}]"
-    text = template.format(
-        name=f"k{cluster.tag}",
-        host=host,
-        controller_address="127.0.0.1" if simple else f"{cluster.network}.1",
-        controller_port=_free_port(),
-        node_port=NODE_PORT,
-        folder=folder,
-        job_submit="JobSubmitPlugins=lua" if plugin else "",
-        num_nodes=cluster.num_nodes,
-        addresses="" if simple else addresses,
-        gpus_per_node=cluster.gpus_per_node,
-    )
-    if simple:
-        text = _list_nodes(text, cluster.nodes, f"NodeHostname={host} NodeAddr=127.0.0.1")
-    devices = f"{folder}/dev/nvidia[0-{cluster.gpus_per_node - 1}]"
-    nodes = f"n[1-{cluster.num_nodes}]"
-    (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File={devices}\n")
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-    (folder / "mpi.conf").write_text(f"PMIxCliTmpDirBase={cluster.scratch}\n")
-    shutil.copy(HERE / "job_submit.lua", folder)
-
-
-def _list_nodes(text: str, nodes: Sequence[str], where: str) -> str:
-    """Give every node a line and a port of its own, as they share one address."""
-    [line] = re.findall(r"^NodeName=.*$", text, re.MULTILINE)
-    facts = line.split(maxsplit=1)[1]
-    lines = [f"NodeName={node} {where} Port={_free_port()} {facts}" for node in nodes]
-    return text.replace(line, "\n".join(lines))
 
 
 def _start_daemons(cluster: Cluster) -> None:
@@ -297,30 +236,6 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def _name_nodes(cluster: Cluster) -> None:
-    """Let this host know the nodes' names; without mounts, only its own table can."""
-    with Path("/etc/hosts").open("a") as hosts:
-        hosts.write(f"127.0.0.1 {' '.join(cluster.nodes)} {_mark(cluster)}\n")
-
-
-def _unname_nodes(cluster: Cluster) -> None:
-    hosts = Path("/etc/hosts")
-    lines = hosts.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not line.endswith(f"{_mark(cluster)}\n")]
-    if kept != lines:
-        hosts.write_text("".join(kept))
-
-
-def _mark(cluster: Cluster) -> str:
-    return f"# cluster {cluster.tag}"
-
-
 @contextlib.contextmanager
 def running(folder: Path, num_nodes: int = 4, variant: str | None = None) -> Iterator[Cluster]:
     """Hold a cluster inside the block; it also ends when this process is killed."""
@@ -341,33 +256,41 @@ def guard(cluster: Cluster, owner: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    actions = ("up", "down", "run", "cut", "restore", "logs", "guard")
-    parser.add_argument("action", choices=actions)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--gpus-per-node", type=int, default=2)
-    parser.add_argument("--variant", choices=("namespaces", "simple"))
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="a node, a command to run on it")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     if options.action == "up":
         cluster = up(options.folder, options.nodes, options.gpus_per_node, options.variant)
         print(f"export SLURM_CONF={cluster.config_path}")
         return 0
     cluster = load(options.folder)
-    if options.action == "down":
-        down(cluster)
-    elif options.action == "guard":
-        guard(cluster, int(options.words[0]))
+    if options.action == "run":
+        inside = cluster.machines[options.node].inside(*options.command)
+        return subprocess.run(inside, env=cluster.environ).returncode
+    if options.action == "guard":
+        guard(cluster, options.owner)
     elif options.action == "logs":
         print(cluster.logs())
-    elif options.action == "run":
-        node, *command = options.words
-        inside = cluster.machines[node].inside(*command)
-        return subprocess.run(inside, env=cluster.environ).returncode
+    elif options.action == "down":
+        down(cluster)
     else:
-        {"cut": cluster.cut, "restore": cluster.restore}[options.action](*options.words)
+        {"cut": cluster.cut, "restore": cluster.restore}[options.action](options.node)
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    named = {name: actions.add_parser(name) for name in ("up", "down", "logs", "guard")}
+    named |= {name: actions.add_parser(name) for name in ("run", "cut", "restore")}
+    for action in named.values():
+        action.add_argument("folder", type=Path)
+    for name in ("run", "cut", "restore"):
+        named[name].add_argument("node")
+    named["up"].add_argument("--nodes", type=int, default=4)
+    named["up"].add_argument("--gpus-per-node", type=int, default=2)
+    named["up"].add_argument("--variant", choices=("namespaces", "simple"))
+    named["run"].add_argument("command", nargs=argparse.REMAINDER)
+    named["guard"].add_argument("owner", type=int)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

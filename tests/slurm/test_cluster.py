@@ -9,23 +9,25 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, down, missing, up
-from cluster_nodes import ClusterError, all_processes, call, can_make_machines
+from cluster_nodes import ClusterError, all_processes, call, can_make_machines, command_line
+from cluster_runs import wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 HERE = Path(__file__).resolve().parent
 ACCOUNT = "--account=MST109001"
 
 
-def traces() -> dict[str, list[str]]:
-    """Return what a cluster could leave on this host."""
-    spaces = {str(path) for path in Path("/run").glob("netns/*")}
-    return {
-        "interfaces": sorted(call("ip", "-brief", "link").split()),
-        "mounts": sorted(Path("/proc/mounts").read_text().splitlines()),
-        "namespaces": sorted(spaces),
-        "hosts": Path("/etc/hosts").read_text().splitlines(),
-        "temporary": sorted(str(path) for path in Path("/tmp").glob("*pmix*")),
-    }
+def traces(cluster: Cluster) -> list[str]:
+    """Return what is left of a cluster on this host; others may come and go meanwhile."""
+    folder = str(cluster.folder)
+    lines = call("ip", "-oneline", "link").splitlines()
+    lines += Path("/etc/hosts").read_text().splitlines()
+    found = [
+        line for line in lines if f"k{cluster.tag}" in line or f"cluster {cluster.tag}" in line
+    ]
+    found += [line for line in Path("/proc/mounts").read_text().splitlines() if folder in line]
+    found += [command_line(pid) for pid in all_processes() if folder in command_line(pid)]
+    return found + [str(path) for path in (cluster.folder, Path("/run/netns")) if path.exists()]
 
 
 @pytest.mark.parametrize("variant", ["namespaces", "simple"])
@@ -34,20 +36,18 @@ def test_a_cluster_leaves_nothing(tmp_path: Path, variant: str) -> None:
         pytest.skip(reason)
     if variant == "namespaces" and not can_make_machines():
         pytest.skip("namespaces are not allowed here")
-    before = traces()
     cluster = up(tmp_path / "cluster", num_nodes=2, variant=variant)
-    job = cluster.submit(
-        "#!/bin/bash\nsetsid sleep 1000 &\nsrun sleep 1000\n", "--nodes=2", ACCOUNT, "--gres=gpu:1",
-        f"--output={tmp_path}/out"
-    )  # fmt: skip
+    script = "#!/bin/bash\nsetsid sleep 999 &\nsrun bash -c 'echo here; sleep 999'\n"
+    out = tmp_path / "out"
+    job = cluster.submit(script, "--nodes=2", ACCOUNT, "--gres=gpu:1", f"--output={out}")
     cluster.wait(job, "RUNNING")
-    assert traces() != before
+    wait_until(lambda: out.exists() and out.read_text().count("here") == 2, "both tasks", 60)
+    assert len(traces(cluster)) > 4
     left = cluster.processes()
-    assert len(left) > 5
+    assert sum("sleep 999" in command_line(pid) for pid in left) >= 3
     down(cluster)
-    assert traces() == before
+    assert traces(cluster) == []
     assert not set(left) & set(all_processes())
-    assert not (tmp_path / "cluster").exists()
 
 
 def test_a_cluster_ends_with_the_tests_that_use_it(tmp_path: Path) -> None:
@@ -119,8 +119,9 @@ def test_the_example_of_the_command_line(tmp_path: Path) -> None:
     said = call("python3", script, "up", folder, "--nodes", "1")
     try:
         environ = {"SLURM_CONF": said.strip().partition("=")[2]}
-        states = call("env", *(f"{k}={v}" for k, v in environ.items()), "sinfo", "-h", "-o", "%T")
-        assert set(states.split()) == {"idle"}
+        sinfo = ["sinfo", "-h", "-N", "-o", "%N %T"]
+        states = call("env", *(f"{k}={v}" for k, v in environ.items()), *sinfo)
+        assert set(states.splitlines()) == {"n1 idle"}
         if can_make_machines():
             assert call("python3", script, "run", folder, "n1", "hostname").split() == ["n1"]
     finally:
