@@ -157,8 +157,12 @@ def test_a_pipeline_whose_runs_are_all_killed_ends_as_an_unbroken_one(
     cluster: Any, tmp_path: Path
 ) -> None:
     """Every stage of the demo, shortened; the whole demo takes the same script by hand."""
-    short = ["loop.max_steps=3", "loop.eval_chars=500", "engine.precision=fp32"]
-    short += ["vocab.stage.audit_chars=1000", "tuned.stage.sample_tokens=1"]
+    short = ["loop.max_steps=3", "loop.eval_chars=2000", "ppo.loop.eval_chars=500"]
+    short += [
+        "engine.precision=fp32",
+        "vocab.stage.audit_chars=1000",
+        "tuned.stage.sample_tokens=1",
+    ]
     short += ["dpo.stage.sample_tokens=1", "ppo.stage.sampling.max_new_tokens=4"]
     short += ["ppo.stage.rollouts_per_step=8", "ppo.loop.micro_batch_size=4"]
     script = ROOT / "benchmarks/long/killed_pipeline.py"
