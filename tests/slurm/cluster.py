@@ -34,6 +34,7 @@ from cluster_nodes import (
     end_processes,
     is_alive,
     namespace_of,
+    plug_in_host,
     start,
     start_machine,
     start_switch,
@@ -196,7 +197,8 @@ def _make_network(cluster: Cluster) -> None:
     names = [f"{network}.{11 + i} {node}" for i, node in enumerate(cluster.nodes)]
     hosts = folder / "hosts"
     hosts.write_text("\n".join(["127.0.0.1 localhost", host, *names]) + "\n")
-    cluster.machines["switch"] = start_switch(f"k{cluster.tag}", f"{network}.1/24")
+    switch = cluster.machines["switch"] = start_switch()
+    plug_in_host(switch, f"k{cluster.tag}", f"{network}.1/24")
     for number, node in enumerate(cluster.nodes):
         setup = [
             f"mount --bind '{hosts}' /etc/hosts",
@@ -204,7 +206,7 @@ def _make_network(cluster: Cluster) -> None:
             "mount -t tmpfs tmpfs /dev/shm",
         ]
         machine = cluster.machines[node] = start_machine(node, setup)
-        connect(cluster.machines["switch"], node, machine, f"{network}.{11 + number}/24")
+        connect(switch, node, machine, f"{network}.{11 + number}/24")
     cluster.save()
 
 

@@ -77,6 +77,7 @@ def start_machine(name: str, setup: Sequence[str] = ()) -> Machine:
         if holder and command_line(holder).startswith(f"sh -c {IDLE}"):
             return Machine(name, holder)
         if not is_alive(outer) or time.monotonic() > deadline:
+            end_processes([outer, *children_of(outer)])
             raise ClusterError(f"machine {name} did not start: {lines}")
         time.sleep(0.01)
 
@@ -90,18 +91,21 @@ def connect(switch: Machine, port: str, machine: Machine, address: str) -> None:
     machine.call("ip", "link", "set", INTERFACE, "up")
 
 
-def start_switch(host_interface: str, host_address: str) -> Machine:
-    """Make a machine that is a network switch, and plug this host in.
+def start_switch() -> Machine:
+    """Make a machine that is a network switch.
 
     It has a network namespace of its own, where no firewall rule of the host drops its packets.
     """
-    switch = start_machine("switch", ["ip link add bridge type bridge", "ip link set bridge up"])
+    return start_machine("switch", ["ip link add bridge type bridge", "ip link set bridge up"])
+
+
+def plug_in_host(switch: Machine, interface: str, address: str) -> None:
+    """Give this host an interface with ``address`` on the switch; it goes with the switch."""
     peer = ["peer", "name", "host", "netns", str(switch.holder)]
-    call("ip", "link", "add", host_interface, "type", "veth", *peer)
+    call("ip", "link", "add", interface, "type", "veth", *peer)
     switch.call("ip", "link", "set", "host", "master", "bridge", "up")
-    call("ip", "address", "add", host_address, "dev", host_interface)
-    call("ip", "link", "set", host_interface, "up")
-    return switch
+    call("ip", "address", "add", address, "dev", interface)
+    call("ip", "link", "set", interface, "up")
 
 
 def can_make_machines() -> bool:

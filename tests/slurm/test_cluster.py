@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, down, missing, up
+from cluster import Cluster, missing, running
 from cluster_nodes import ClusterError, all_processes, call, can_make_machines, command_line
 from cluster_runs import wait_until
 
@@ -36,16 +36,15 @@ def test_a_cluster_leaves_nothing(tmp_path: Path, variant: str) -> None:
         pytest.skip(reason)
     if variant == "namespaces" and not can_make_machines():
         pytest.skip("namespaces are not allowed here")
-    cluster = up(tmp_path / "cluster", num_nodes=2, variant=variant)
     script = "#!/bin/bash\nsetsid sleep 999 &\nsrun bash -c 'echo here; sleep 999'\n"
     out = tmp_path / "out"
-    job = cluster.submit(script, "--nodes=2", ACCOUNT, "--gres=gpu:1", f"--output={out}")
-    cluster.wait(job, "RUNNING")
-    wait_until(lambda: out.exists() and out.read_text().count("here") == 2, "both tasks", 60)
-    assert len(traces(cluster)) > 4
-    left = cluster.processes()
-    assert sum("sleep 999" in command_line(pid) for pid in left) >= 3
-    down(cluster)
+    with running(tmp_path / "cluster", num_nodes=2, variant=variant) as cluster:
+        job = cluster.submit(script, "--nodes=2", ACCOUNT, "--gres=gpu:1", f"--output={out}")
+        cluster.wait(job, "RUNNING")
+        wait_until(lambda: out.exists() and out.read_text().count("here") == 2, "both tasks", 60)
+        assert len(traces(cluster)) > 4
+        left = cluster.processes()
+        assert sum("sleep 999" in command_line(pid) for pid in left) >= 3
     assert traces(cluster) == []
     assert not set(left) & set(all_processes())
 
