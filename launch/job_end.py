@@ -10,18 +10,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.slurm_queue import job_state
+from launch.slurm_queue import array_task, job_state
 from launch.tenancy import record_end
 from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE
 from trainer.lease import read_holder
 from trainer.lives import append_line, newest_step, read_lives, slurm_life, utc_now
 
 REQUEUE_WAIT_S = 60  # for Slurm to end the script of a job that it has requeued
+RETRY_AFTER_S = (5, 15, 40)  # a controller that restarts must not cost the run its next lives
 # What no retry cures, and what to do instead.
 FINAL = {
     65: "mend the data that the message names",
@@ -143,7 +145,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--code", type=int, required=True)
     parser.add_argument("--max-lives", type=int, required=True)
     parser.add_argument("--max-lives-without-progress", type=int, required=True)
-    # In a container there is no scontrol: the script calls it when it sees this code.
+    # In a container there is no squeue: the script asks it. Empty: it did not answer.
+    parser.add_argument("--state")
+    # Nor is there scontrol: the script calls it when it sees this code.
     parser.add_argument("--requeue-code", type=int)
     options = parser.parse_args(arguments)
     run_dir, this = options.run_dir, slurm_life(os.environ)
@@ -153,15 +157,25 @@ def main(arguments: Sequence[str]) -> int:
         print(f"kuroshio: {run_dir} belongs to {newer} by now; this life leaves it alone")
         return 73
     decision = decide(_gather(run_dir, options, this))
-    append_line(
-        run_dir,
-        {"decided": utc_now(), **this, "decision": decision.action}
-        | {"decision_reason": decision.reason},
-    )
+    with _despite_storage(run_dir):
+        append_line(
+            run_dir,
+            {"decided": utc_now(), **this, "decision": decision.action}
+            | {"decision_reason": decision.reason},
+        )
     print(f"kuroshio: {decision.action}: {decision.reason}", flush=True)
     if decision.action != "requeue":
         return decision.exit_code
-    return options.requeue_code or _requeue(this["job"])
+    return options.requeue_code or _requeue(str(array_task(os.environ)))
+
+
+@contextmanager
+def _despite_storage(run_dir: Path) -> Iterator[None]:
+    """Decide also where nothing can be written: a full disk may be what ended the ranks."""
+    try:
+        yield
+    except OSError as error:
+        print(f"kuroshio: lives.jsonl of {run_dir} lacks this end: {error}", flush=True)
 
 
 def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:
@@ -174,22 +188,26 @@ def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:
 
 def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any]) -> LifeEnd:
     """Read what the ranks left; write their end for them if they could not."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     lives = _lives_of(run_dir, this["job"])
     own = [life for life in lives if life.get("restart") == this["restart"]]
     if not own or "ended" not in own[-1]:
         token = own[-1].get("token") if own else None
         reason = describe_code(options.code) if options.code else "finished"
-        record_end(run_dir, token, os.environ, exit_code=options.code, reason=reason)
+        with _despite_storage(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            record_end(run_dir, token, os.environ, exit_code=options.code, reason=reason)
         lives = _lives_of(run_dir, this["job"])
         own = [life for life in lives if life.get("restart") == this["restart"]]
-    last, step = own[-1] if own else {}, newest_step(run_dir)
+    # A rank that failed before its life had a token, and rank 0, which srun ended for it, leave a
+    # line each.
+    final = [life for life in own if life.get("exit_code") in FINAL]
+    last, step = (final or own or [{}])[-1], newest_step(run_dir)
     return LifeEnd(
         code=options.code,
         exit_code=last.get("exit_code"),
         reason=str(last.get("reason", "")),
         was_stopped=last.get("cause") == STOP_FILE_CAUSE,
-        state=job_state(this["job"]),
+        state=job_state(this["job"]) if options.state is None else options.state or None,
         restart=this["restart"],
         num_idle_lives=count_idle_lives(lives, this["restart"], step),
         step=step,
@@ -204,15 +222,15 @@ def _lives_of(run_dir: Path, job: str) -> list[dict[str, Any]]:
 
 def _requeue(job: str) -> int:
     """Put the job back into the queue; Slurm then ends its script, which is this one's parent."""
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode:
-        print(
-            f"kuroshio: `scontrol requeue {job}` failed: {done.stderr.strip()}; submit the job "
-            "again to resume",
-            flush=True,
-        )
-        return EXIT_RESUME
-    time.sleep(REQUEUE_WAIT_S)
+    for wait_s in (*RETRY_AFTER_S, None):
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        if done.returncode == 0:
+            time.sleep(REQUEUE_WAIT_S)
+            return EXIT_RESUME
+        print(f"kuroshio: `scontrol requeue {job}` failed: {done.stderr.strip()}", flush=True)
+        if wait_s is not None:
+            time.sleep(wait_s)
+    print("kuroshio: submit the job again to resume", flush=True)
     return EXIT_RESUME
 
 

@@ -20,18 +20,37 @@ def ask_squeue(job: str, column: str) -> str | None:
 
     None when Slurm cannot be asked: no squeue here, or no controller that answers.
     """
-    command = ["squeue", "--noheader", f"--jobs={job}", f"--format={column}"]
+    command = ["squeue", "--noheader", f"--jobs={job}", f"--format=%A {column}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         LOG.warning("`%s` failed: %s", " ".join(command), error)
         return None
     if done.returncode == 0:
-        return done.stdout.strip()
+        return _own_line(job, done.stdout)
     if "Invalid job id" in done.stderr:
         return ""
     LOG.warning("`%s` failed: %s", " ".join(command), done.stderr.strip())
     return None
+
+
+def _own_line(job: str, text: str) -> str:
+    """Return what squeue says of one job: asked for an array's number, it lists every task.
+
+    That number is also the own one of the array's last task.
+    """
+    lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line[0] == job or "_" in job]  # ARRAY_TASK names one task
+    return own[0][1].strip() if own and len(own[0]) > 1 else ""
+
+
+def array_task(environ: Mapping[str, str]) -> str | None:
+    """Return the name by which Slurm takes this job alone, None outside of a job.
+
+    ``scontrol requeue`` of an array's number starts all of its tasks again, finished ones too.
+    """
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
 
 
 def job_state(job: str) -> str | None:

@@ -100,9 +100,10 @@ def in_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a run folder inside job 17, whose Slurm writes down what it is asked."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr(job_end, "REQUEUE_WAIT_S", 0)
+    monkeypatch.setattr(job_end, "RETRY_AFTER_S", (0, 0))
     commands = tmp_path / "bin"
     commands.mkdir()
-    scripts = {"squeue": "echo RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/asked'}
+    scripts = {"squeue": "echo 17 RUNNING", "scontrol": f'echo "$@" >>{tmp_path}/asked'}
     for name, line in scripts.items():
         (commands / name).write_text(f"#!/bin/sh\n{line}\n")
         (commands / name).chmod(0o755)
@@ -112,9 +113,9 @@ def in_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run_dir
 
 
-def end(run_dir: Path, code: int) -> int:
+def end(run_dir: Path, code: int, *flags: str) -> int:
     limits = ["--max-lives", "5", "--max-lives-without-progress", "2"]
-    return job_end.main([str(run_dir), "--code", str(code), *limits])
+    return job_end.main([str(run_dir), "--code", str(code), *limits, *flags])
 
 
 def test_killed_ranks_are_requeued_until_nothing_moves(
@@ -160,7 +161,56 @@ def test_a_requeue_that_slurm_refuses_is_said(
     script = in_job.parent / "bin/scontrol"
     script.write_text("#!/bin/sh\necho Requested operation is presently disabled >&2\nexit 1\n")
     assert end(in_job, 143) == EXIT_RESUME
-    assert "presently disabled; submit the job again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("presently disabled") == 3 and "submit the job again" in said
+
+
+def test_a_controller_that_restarts_is_asked_again(in_job: Path) -> None:
+    script, tried = in_job.parent / "bin/scontrol", in_job.parent / "tried"
+    lines = f"#!/bin/sh\n[ -e {tried} ] || {{ touch {tried}; echo timed out >&2; exit 1; }}\n"
+    script.write_text(f'{lines}echo "$@" >>{in_job.parent}/asked\n')
+    assert end(in_job, 143) == EXIT_RESUME
+    assert (in_job.parent / "asked").read_text() == "requeue 17\n"
+
+
+def test_a_task_of_an_array_is_requeued_alone(
+    in_job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its array's number, the own one of the last task, would start all of them again."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert end(in_job, 143) == EXIT_RESUME
+    assert (in_job.parent / "asked").read_text() == "requeue 17_4\n"
+
+
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", 100), ("", 100), ("COMPLETING", 143)])
+def test_the_script_of_an_image_asks_slurm_itself(in_job: Path, state: str, code: int) -> None:
+    """A job that was cancelled must not come back."""
+    (in_job.parent / "bin/squeue").write_text("#!/bin/sh\nexit 127\n")
+    assert end(in_job, 143, "--requeue-code", "100", "--state", state) == code
+    assert not (in_job.parent / "asked").exists()
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(
+    in_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job_end, "record_end", fail)
+    monkeypatch.setattr(job_end, "append_line", fail)
+    assert end(in_job, 74) == 74
+    said = capsys.readouterr().out
+    assert "lacks this end" in said and "give up: srun exited 74" in said
+
+
+def test_the_rank_that_failed_counts_more_than_rank_0_which_was_ended_for_it(in_job: Path) -> None:
+    life = {"job": "17", "restart": 0}
+    append_line(in_job, {"started": "x", "token": 1, **life, "first_step": 0})
+    append_line(in_job, {"ended": "y", "token": None, **life, "exit_code": 78, "reason": "rank 3"})
+    append_line(in_job, {"ended": "y", "token": 1, **life, "exit_code": 75, "reason": "a signal"})
+    assert end(in_job, 143) == 78
+    assert not (in_job.parent / "asked").exists()
 
 
 def test_it_needs_the_standard_library_only() -> None:

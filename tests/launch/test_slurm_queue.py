@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm_queue import job_state, job_time_limit, parse_time_left, time_left_s
+from launch.slurm_queue import array_task, job_state, job_time_limit, parse_time_left, time_left_s
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def fake_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Non
 
 
 def test_state_and_limit_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = 'case "$*" in *%T*) echo RUNNING;; *"jobs=17 --format=%L"*) echo 10:00;; esac'
+    body = 'case "$*" in *%T*) echo 17 RUNNING;; *"jobs=17 --format=%A %L"*) echo 17 10:00;; esac'
     fake_squeue(tmp_path, monkeypatch, body)
     assert job_state("17") == "RUNNING" and time_left_s("17") == 600
     limit = job_time_limit({"SLURM_JOB_ID": "17"})
@@ -56,6 +56,25 @@ def test_a_job_that_is_gone_and_a_slurm_that_is(
     fake_squeue(tmp_path, monkeypatch, body)
     assert job_state("17") == state
     assert time_left_s("17") is None
+
+
+@pytest.mark.parametrize(
+    ("job", "state"), [("17", "RUNNING"), ("19", "COMPLETING"), ("17_2", "PENDING"), ("20", "")]
+)
+def test_the_number_of_an_array_is_also_that_of_its_last_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, state: str
+) -> None:
+    tasks = "echo 19 COMPLETING; echo 17 RUNNING; echo 18 PENDING"
+    body = f'case "$*" in *jobs=17_2*) echo 18 PENDING;; *) {tasks};; esac'
+    fake_squeue(tmp_path, monkeypatch, body)
+    assert job_state(job) == state
+
+
+def test_a_task_of_an_array_is_named_alone() -> None:
+    task = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
+    assert array_task(task) == "17_2"
+    assert array_task({"SLURM_JOB_ID": "17"}) == "17"
+    assert array_task({}) is None
 
 
 def test_without_slurm_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

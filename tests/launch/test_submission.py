@@ -36,7 +36,8 @@ case "$1" in
 esac
 """
 SQUEUE = """#!/bin/sh
-[ -e "$FAKE/state" ] && cat "$FAKE/state"
+for word in "$@"; do case $word in --jobs=*) job=${word#--jobs=} ;; esac; done
+[ -e "$FAKE/state" ] && echo "$job $(cat "$FAKE/state")"
 exit 0
 """
 

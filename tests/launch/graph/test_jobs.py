@@ -39,7 +39,7 @@ wc -l < {folder}/jobs
 """
 SQUEUE = """#!/bin/sh
 for word in "$@"; do case $word in --jobs=*) job=${{word#--jobs=}} ;; esac; done
-grep -qx "$job" {folder}/alive && echo PENDING || echo "Invalid job id specified" >&2
+grep -qx "$job" {folder}/alive && echo "$job PENDING" || echo "Invalid job id specified" >&2
 grep -qx "$job" {folder}/alive
 """
 SCANCEL = """#!/bin/sh
