@@ -205,7 +205,7 @@ def test_bash_reads_a_command_as_its_words() -> None:
     words = ["it's", '"', "$(id)", "`id`", "a b", "", "\\", "*", "~", "; id", "黑潮", "-x", "!1"]
     line = next(
         line
-        for line in render(replace(BASE, command=tuple(words))).splitlines()
+        for line in map(str.strip, render(replace(BASE, command=tuple(words))).splitlines())
         if line.startswith('"${LAUNCH[@]}" "$CODE"')
     )
     line = line.removeprefix('"${LAUNCH[@]}" "$CODE"').removesuffix(" || RC=$?")
