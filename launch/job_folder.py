@@ -16,9 +16,11 @@ from launch.slurm_queue import job_state
 from launch.snapshot import copy_code
 from launch.tenancy import life_sign
 from trainer.config import RunConfig, load_config
+from trainer.deadline import name_ranks
 from trainer.errors import ConfigError
 from trainer.lease import read_holder
 from trainer.lives import CHECKPOINTS_NAME, read_lives, slurm_life, utc_now
+from trainer.metrics.run_facts import STOP_NAME
 
 SUBMISSION = "submit.json"
 SCRIPT = "job.sbatch"
@@ -40,6 +42,16 @@ def refuse_in_use(run_dir: Path, own_job: str | None = None) -> None:
             f"run_dir={run_dir} is in use by job {holder.job or 'none'} on {holder.host} ({sign}); "
             f"end it (`kuroshio stop {run_dir}`), or give another run_dir"
         )
+
+
+def forget_stop(run_dir: Path) -> None:
+    """Remove a request to stop that nobody honoured: it would end the new job at its start.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with run_folder.writing(run_dir):
+        (run_dir / STOP_NAME).unlink(missing_ok=True)
 
 
 def freeze(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
@@ -126,13 +138,25 @@ def record(
         temporary.replace(path)
 
 
-def measured_seconds(run_dir: Path) -> dict[str, float]:
-    """Return what the newest checkpoint says of the time of steps and saves; empty without one."""
-    manifests = sorted((run_dir / CHECKPOINTS_NAME).glob("step_*/manifest.json"))
-    if not manifests:
-        return {}
-    state = json.loads(manifests[-1].read_text(encoding="utf-8")).get("state", {})
-    return dict(state.get("seconds", {}))
+def measured_seconds(run_dir: Path, num_ranks: int) -> dict[str, float]:
+    """Return what the newest checkpoint says of the time of steps and saves; empty without one.
+
+    Args:
+        run_dir: the run's folder.
+        num_ranks: what fewer or more ranks measured says nothing of these. Their device is not
+            known before the job: the longest time of any counts.
+    """
+    for manifest in sorted((run_dir / CHECKPOINTS_NAME).glob("step_*/manifest.json"), reverse=True):
+        try:
+            measured = json.loads(manifest.read_text(encoding="utf-8"))["state"]["seconds"]
+        except (ValueError, KeyError):  # damaged, or older than measuring: the ranks walk back too
+            continue
+        found: dict[str, float] = {}
+        for ranks, seconds in measured.items():
+            if ranks.startswith(name_ranks(num_ranks, "")):
+                found |= {work: max(s, found.get(work, 0.0)) for work, s in seconds.items()}
+        return found
+    return {}
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.errors import ConfigError
 
+LOG = logging.getLogger(__name__)
 TIMEOUT_S = 60
 _START = re.compile(r"to start at (\S+)")
 
@@ -28,10 +30,14 @@ def require_slurm(cluster: str) -> None:
 def estimate_start(script: Path) -> str | None:
     """Return when Slurm would start a job, as it writes times; None when it does not say.
 
-    Raises:
-        ConfigError: Slurm would refuse the job, in its words.
+    Slurm refuses to estimate what it would queue, such as any job while all nodes are drained for
+    maintenance. Whether it takes a job is found by submitting it.
     """
-    found = _START.search(_sbatch(["--test-only", str(script)]))
+    try:
+        found = _START.search(_sbatch(["--test-only", str(script)]))
+    except ConfigError as error:
+        LOG.info("no estimate of the start: %s", error)
+        return None
     return found[1] if found else None
 
 
@@ -44,14 +50,24 @@ def submit_script(script: Path) -> str:
     printed = _sbatch(["--parsable", str(script)])
     number = printed.strip().splitlines()[-1].partition(";")[0]  # ;NAME where there are clusters
     if not number.isdigit():
-        raise ConfigError(f"sbatch printed {printed!r} instead of a job number; see squeue --me")
+        raise ConfigError(
+            f"sbatch printed {printed!r} instead of a job number; see `squeue -u $USER`"
+        )
     return number
 
 
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment from which a job takes over no more than its script says.
+
+    ``SBATCH_PARTITION`` and the like would replace the script's own lines unseen. Submitted from
+    inside a job, the new one would find that job's ``SLURM_RESTART_COUNT`` or ``SLURM_CPU_BIND``.
+    """
+    leave_out = ("SBATCH_", "SLURM_", "SRUN_")
+    return {k: v for k, v in environ.items() if k == "SLURM_CONF" or not k.startswith(leave_out)}
+
+
 def _sbatch(arguments: Sequence[str]) -> str:
-    # Variables such as SBATCH_PARTITION would replace the script's own lines unseen.
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}
-    command = ["sbatch", *arguments]
+    command, environ = ["sbatch", *arguments], clean_environment(os.environ)
     try:
         done = subprocess.run(
             command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 from launch import ROOT, sbatch
 from launch.job_folder import (
+    forget_stop,
     freeze,
     measured_seconds,
     private_files,
@@ -21,6 +23,7 @@ from launch.job_folder import (
     write_job,
 )
 from launch.planning import plan_config
+from launch.run_folder import writing
 from launch.slurm import SHORT_SIGNAL_S, SlurmJob, job_of, one_task
 from launch.snapshot import copy_code
 from trainer.config import ClusterConfig, RunConfig, load_config
@@ -111,6 +114,7 @@ def submit_draft(checked: Draft) -> tuple[str, str | None]:
     sbatch.require_slurm(checked.config.cluster.site.name)
     refuse_in_use(folder)
     with private_files():
+        forget_stop(folder)
         changes = freeze(folder, checked.config)
         script = write_job(checked.job)
         start = sbatch.estimate_start(script)
@@ -141,20 +145,26 @@ def submit_array(drafts: Sequence[Draft], folder: Path, at_once: int) -> str:
     sbatch.require_slurm(first.config.cluster.site.name)
     for each in drafts:
         refuse_in_use(Path(each.job.folder))
+    runs = "".join(f"{each.job.folder}\n" for each in drafts)
+    # Of their own: tasks of an earlier array may still wait, for other runs in the same folder.
+    tag = hashlib.sha256(runs.encode()).hexdigest()[:8]
+    list_file = folder / f"runs-{tag}.txt"
     job = replace(
         first.job,
         folder=str(folder),
-        code=str(folder / CODE),
+        code=str(folder / f"{CODE}-{tag}"),
         array=f"0-{len(drafts) - 1}%{at_once}",
-        list_file=str(folder / "runs.txt"),
+        list_file=str(list_file),
         signal_s=max(each.job.signal_s for each in drafts),
         prepares=any(each.job.prepares for each in drafts),
     )
     with private_files():
+        for each in drafts:
+            forget_stop(Path(each.job.folder))
         changes = [freeze(Path(each.job.folder), each.config) for each in drafts]
         script = write_job(job)
-        runs = "".join(f"{each.job.folder}\n" for each in drafts)
-        (folder / "runs.txt").write_text(runs, encoding="utf-8")
+        with writing(folder):
+            list_file.write_text(runs, encoding="utf-8")
         number = sbatch.submit_script(script)
         for index, (each, changed) in enumerate(zip(drafts, changes, strict=True)):
             _record(each, f"{number}_{index}", changed)
@@ -211,6 +221,7 @@ def enter_job(values: Mapping[str, Any]) -> Path:
     with private_files():
         changes = freeze(folder, checked.config)
         if job not in read_submission(folder).get("job_ids", []):
+            forget_stop(folder)
             copy_code(folder / CODE)
             _record(checked, job, changes)
     return folder
@@ -246,7 +257,7 @@ def _job(config: RunConfig, folder: Path, parents: Sequence[str]) -> SlurmJob:
         job,
         parents=tuple(parents),
         prepares=bool(config.data.sources) and config.stage.get("name") not in SINGLE_PROCESS,
-        signal_s=signal_seconds(cluster, measured_seconds(folder)),
+        signal_s=signal_seconds(cluster, measured_seconds(folder, job.nodes * job.tasks_per_node)),
     )
 
 

@@ -21,6 +21,11 @@ FIRST_SAVE_S = 120.0
 FIRST_SAVE_SHARE = 0.1
 
 
+def name_ranks(num_ranks: int, device: str) -> str:
+    """Return on what durations were measured, as checkpoints note it."""
+    return f"{num_ranks} x {device}"
+
+
 class Deadline:
     """Compares the time left with what the next piece of work takes.
 

@@ -12,7 +12,7 @@ import torch
 
 from trainer.config import LoopConfig
 from trainer.data.batches.collate import Batch
-from trainer.deadline import Deadline
+from trainer.deadline import Deadline, name_ranks
 from trainer.engine import checkpoint
 from trainer.engine.collectives import sum_over_ranks, sum_tensor
 from trainer.engine.committed import Checkpoint, find_newest
@@ -152,7 +152,7 @@ def evaluate_if_due(
 
 def describe_ranks(stage: TrainStage, context: Context) -> str:
     """Return on what the run computes: how long things take there says nothing of elsewhere."""
-    return f"{context.world_size} x {name_device(stage.policy.device)}"
+    return name_ranks(context.world_size, name_device(stage.policy.device))
 
 
 def is_due(step: int, every: int, loop: LoopConfig) -> bool:

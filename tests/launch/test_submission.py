@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 from launch import job_folder, run_folder, submission, submit
 from launch.compose import compose_config, compose_values
 from launch.job_folder import keep_settled
+from trainer.deadline import name_ranks
 from trainer.errors import ConfigError, StorageError
 from trainer.lease import Lease
 from trainer.lives import append_line, utc_now
@@ -25,13 +27,15 @@ from trainer.lives import append_line, utc_now
 WORDS = ["cluster=taiwania2", "cluster.account=MST109001", "+model.architecture.vocab_size=512"]
 SBATCH = """#!/bin/sh
 printf '%s\\n' "$@" >>"$FAKE/sbatch.calls"
-env | grep '^SBATCH_' >>"$FAKE/sbatch.environment"
+env | grep '^SBATCH_\|^SLURM_' >>"$FAKE/sbatch.environment"
+if [ -e "$FAKE/refuse" ]; then
+  echo "sbatch: error: Batch job submission failed: $(cat "$FAKE/refuse")" >&2
+  exit 1
+fi
 case "$1" in
   --test-only)
-    echo "sbatch: Job 7 to start at 2026-11-20T10:00:00 using 8 processors on nodes n1" >&2
-    [ ! -e "$FAKE/refuse" ] && exit 0
-    echo "sbatch: error: Batch job submission failed: $(cat "$FAKE/refuse")" >&2
-    exit 1 ;;
+    [ -e "$FAKE/drained" ] && echo "allocation failure: not available" >&2 && exit 1
+    echo "sbatch: Job 7 to start at 2026-11-20T10:00:00 using 8 processors on nodes n1" >&2 ;;
   *) echo $((40 + $(grep -c parsable "$FAKE/sbatch.calls"))) ;;
 esac
 """
@@ -88,6 +92,7 @@ def test_a_submitted_run_has_all_that_its_job_needs(
     slurm: FakeSlurm, compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SBATCH_PARTITION", "express")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     run_dir = tmp_path / "runs/a"
     assert submission.submit_run(compose(), run_dir, parents=["12"]) == "41"
     facts = job_folder.read_submission(run_dir)
@@ -98,7 +103,8 @@ def test_a_submitted_run_has_all_that_its_job_needs(
     assert (run_dir / "logs").is_dir()  # sbatch would lose the log of a job without one
     script = (run_dir / "job.sbatch").read_text(encoding="utf-8")
     assert "#SBATCH --dependency=afterok:12\n" in script
-    assert slurm.read("sbatch.environment") == ""  # SBATCH_PARTITION would win over the script
+    # SBATCH_PARTITION would win over the script; the count is of the job that we are in.
+    assert slurm.read("sbatch.environment") == ""
     for path in (run_dir, run_dir / "code", run_dir / "config.yaml", run_dir / "submit.json"):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
@@ -156,7 +162,7 @@ def test_what_slurm_refuses_is_said_in_its_words(
     slurm.say("refuse", "QOSMaxSubmitJobPerUserLimit")
     with pytest.raises(ConfigError, match=r"Slurm refuses.*QOSMaxSubmitJobPerUserLimit"):
         submission.submit_run(compose(), tmp_path / "run")
-    assert "--parsable" not in slurm.read("sbatch.calls")
+    assert job_folder.read_submission(tmp_path / "run") == {}
 
 
 def test_without_slurm_it_says_what_to_do(
@@ -219,14 +225,48 @@ def test_an_array_holds_a_run_for_each_task(
     folders = [tmp_path / name for name in ("low", "high")]
     drafts = [submission.draft(compose(), folder) for folder in folders]
     number = submission.submit_array(drafts, tmp_path / "sweep", at_once=1)
-    assert (tmp_path / "sweep/runs.txt").read_text().split() == [str(f) for f in folders]
+    [list_file] = (tmp_path / "sweep").glob("runs-*.txt")
+    assert list_file.read_text().split() == [str(f) for f in folders]
     script = (tmp_path / "sweep/job.sbatch").read_text(encoding="utf-8")
-    assert "#SBATCH --array=0-1%1\n" in script and f"CODE={tmp_path}/sweep/code\n" in script
+    code = list_file.with_suffix("").name.replace("runs", "code")
+    assert "#SBATCH --array=0-1%1\n" in script and f"CODE={tmp_path}/sweep/{code}\n" in script
     ids = [job_folder.read_submission(folder)["job_ids"] for folder in folders]
     assert ids == [[f"{number}_0"], [f"{number}_1"]]
     other = replace(drafts[1].config, cluster=replace(drafts[1].config.cluster, nodes=2))
     with pytest.raises(ConfigError, match="same machines"):
         submission.submit_array([drafts[0], replace(drafts[1], config=other)], tmp_path, 1)
+
+
+def test_arrays_of_one_sweep_keep_their_lists_apart(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    """Tasks of the first may wait still, or be requeued, when the second is submitted."""
+    scripts = []
+    for name in ("low", "high"):
+        draft = submission.draft(compose(), tmp_path / "sweep" / name)
+        submission.submit_array([draft], tmp_path / "sweep", at_once=1)
+        scripts.append((tmp_path / "sweep/job.sbatch").read_text(encoding="utf-8"))
+    read = [re.search(r"p\" (\S+/runs-\w+\.txt)\)", script) for script in scripts]
+    assert [Path(found[1]).read_text() for found in read if found] == [
+        f"{tmp_path}/sweep/{name}\n" for name in ("low", "high")
+    ]
+
+
+def test_an_old_request_to_stop_does_not_end_a_new_job(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stop").touch()
+    submission.submit_run(compose(), tmp_path / "run")
+    assert not (tmp_path / "run/stop").exists()
+
+
+def test_a_job_is_queued_while_nodes_are_drained(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    slurm.say("drained", "")
+    number, start = submission.submit_draft(submission.draft(compose(), tmp_path / "run"))
+    assert number.isdigit() and start is None
 
 
 def test_a_command_is_a_job_of_one_gpu(slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -311,9 +351,14 @@ def test_the_signal_comes_early_enough_for_a_save(
 
 
 def test_a_run_that_has_saved_says_how_long_that_takes(compose: Compose, tmp_path: Path) -> None:
+    ranks = compose()["cluster"]["gpus_per_node"]
     for step, save in ((2, 9.0), (10, 400.0)):
         folder = tmp_path / f"run/checkpoints/step_{step:08}"
         folder.mkdir(parents=True)
-        state = {"state": {"seconds": {"step": 5.0, "save": save}}}
+        seconds = {name_ranks(ranks, "V100"): {"step": 5.0, "save": save}}
+        seconds |= {name_ranks(99, "V100"): {"save": 999.0}}
+        state = {"state": {"seconds": seconds}}
         (folder / "manifest.json").write_text(json.dumps(state), encoding="utf-8")
     assert submission.draft(compose(), tmp_path / "run").job.signal_s == 60 + 5 + 800
+    (folder / "manifest.json").write_text("", encoding="utf-8")  # of a node that lost power
+    assert submission.draft(compose(), tmp_path / "run").job.signal_s == 60 + 5 + 18
