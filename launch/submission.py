@@ -27,7 +27,7 @@ from launch.run_folder import writing
 from launch.slurm import SHORT_SIGNAL_S, SlurmJob, job_of, one_task
 from launch.snapshot import copy_code
 from trainer.config import ClusterConfig, RunConfig, load_config
-from trainer.config.cluster import check_submission, partition_limits, time_limit_s
+from trainer.config.cluster import check_submission, one_gpu, partition_limits, time_limit_s
 from trainer.errors import ConfigError
 from trainer.plan.work import RunPlan
 from trainer.stages import SINGLE_PROCESS
@@ -194,7 +194,7 @@ def submit_command(
         ConfigError: a value that has no place in a job script, or a refusal of Slurm.
         StorageError: the folder cannot be written.
     """
-    folder = folder.expanduser().absolute()
+    folder, cluster = folder.expanduser().absolute(), one_gpu(cluster)
     if problems := check_submission(cluster):
         raise ConfigError("\n".join(problems))
     sbatch.require_slurm(cluster.site.name)
@@ -252,6 +252,12 @@ def _job(config: RunConfig, folder: Path, parents: Sequence[str]) -> SlurmJob:
     cluster = config.cluster
     job = job_of(cluster, config.name, str(folder), str(folder / CODE))
     if config.stage.get("name") in SINGLE_PROCESS:
+        if (least := partition_limits(cluster).min_gpus) > 1:
+            raise ConfigError(
+                f"cluster.partition={job.partition} is for {least} GPUs or more, but "
+                f"stage={config.stage['name']} is one process with one GPU; use "
+                f"cluster.partition={one_gpu(cluster).partition}"
+            )
         job = one_task(job, (), cluster)
     return replace(
         job,

@@ -277,6 +277,20 @@ def test_a_command_is_a_job_of_one_gpu(slurm: FakeSlurm, tmp_path: Path) -> None
     assert "\"$CODE\" export a 'b c'" in script
 
 
+def test_a_job_of_one_gpu_leaves_partitions_for_many(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    """There it would wait for ever, and what comes after it too."""
+    words = ["cluster=nano4", "cluster.account=MST115002", "cluster.partition=16gpus"]
+    cluster = compose_config([*words, "cluster.nodes=2", "cluster.time=12:00:00"]).cluster
+    submission.submit_command(["export"], tmp_path / "out", cluster)
+    script = (tmp_path / "out/job.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --partition=dev\n" in script and "#SBATCH --time=0-04:00:00\n" in script
+    values = compose_values([*words, "stage=vocab"])
+    with pytest.raises(ConfigError, match=r"16gpus is for 8 GPUs or more.*partition=dev"):
+        submission.draft(values, tmp_path / "vocab")
+
+
 def test_a_job_submitted_by_hand_makes_its_folder(
     slurm: FakeSlurm, compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

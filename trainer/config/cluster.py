@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from trainer.config.build import nearest
 from trainer.config.schema import ClusterConfig, PartitionConfig, RunConfig, SiteConfig
@@ -39,6 +40,30 @@ def partition_name(cluster: ClusterConfig) -> str | None:
 def partition_limits(cluster: ClusterConfig) -> PartitionConfig:
     """Return the limits of the job's partition; all unknown where the profile has none."""
     return cluster.site.partitions.get(partition_name(cluster) or "", PartitionConfig())
+
+
+def one_gpu(cluster: ClusterConfig) -> ClusterConfig:
+    """Return where a job of one GPU has its place, for a cluster that others of a run ask for.
+
+    Partitions for many GPUs keep such a job waiting for ever, so it goes to the first other one
+    with the same GPUs; it need not be named, since what it does is short.
+    """
+    single = replace(cluster, nodes=1, gpus_per_node=1)
+    own = partition_limits(cluster)
+    if own.min_gpus <= 1:
+        return single
+    fits = (
+        name
+        for name, other in cluster.site.partitions.items()
+        if other.min_gpus <= 1
+        and other.who == own.who
+        and (other.gpu, other.arch) == (own.gpu, own.arch)
+    )
+    single = replace(single, partition=next(fits, cluster.partition))
+    most = partition_limits(single).max_hours
+    asked = parse_time(cluster.time) if cluster.time else None
+    is_too_long = asked is not None and most is not None and asked > most * 3600
+    return replace(single, time=None) if is_too_long else single
 
 
 def time_limit_s(cluster: ClusterConfig) -> int | None:
