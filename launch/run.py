@@ -25,7 +25,9 @@ from launch.slurm_queue import job_time_limit
 from launch.tenancy import Stay
 from launch.validation import Run
 from trainer.config import RunConfig, grad_accum_steps, load_config
-from trainer.errors import EXIT_RESUME, ConfigError
+from trainer.errors import EXIT_RESUME, ConfigError, StopRequestedError
+from trainer.lives import slurm_life
+from trainer.metrics.run_facts import STOP_NAME
 from trainer.stage import Context
 from trainer.stages import SINGLE_PROCESS
 
@@ -119,7 +121,14 @@ def _run_together(run: Run, found: Rendezvous, stay: Stay) -> None:
         init_distributed(local_rank, config.cluster.timeout_s)
         limit = job_time_limit(os.environ) if found.rank == 0 else None
         place = (found.rank, found.world_size, local_rank)
-        run.stage.run(Context(config, run_dir, *place, stay.lease, limit))
+        try:
+            run.stage.run(Context(config, run_dir, *place, stay.lease, limit))
+        except StopRequestedError as stop:
+            # srun ends rank 0 once another one has left: first it says why they all do.
+            if found.rank == 0:
+                stay.end(*tenancy.describe_error(stop))
+            agreement.part()
+            raise
         agreement.part()
 
 
@@ -222,6 +231,8 @@ def _claimed(config: RunConfig, asked: RunConfig, found: Rendezvous, stay: Stay)
     with run_folder.writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         stay.lease = lease = tenancy.take_lease(run_dir, os.environ)
+        if slurm_life(os.environ)["job"] is None:  # whoever starts it by hand wants it to run
+            (run_dir / STOP_NAME).unlink(missing_ok=True)
     changes = run_folder.claim(run_dir, *same)
     run_folder.record_life(run_dir, found.launcher, found.world_size, changes, lease.token)
     with lease.beating():

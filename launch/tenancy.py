@@ -29,28 +29,40 @@ from trainer.lives import append_line, newest_step, slurm_life, utc_now
 LOG = logging.getLogger(__name__)
 ENDING_WAIT_S = 60.0  # Slurm kills what has not ended after its KillWait, 30 s unless configured
 POLL_S = 2.0
+HEARTBEAT = "its last heartbeat"
 AskState = Callable[[str], str | None]
 
 
 def take_lease(run_dir: Path, environ: Mapping[str, str], ask_state: AskState = job_state) -> Lease:
-    """Take a run folder on rank 0, from a job that is being ended once it is gone.
+    """Take a run folder on rank 0, from a life that is being ended once it is gone.
 
     Raises:
         LeaseError: another life is in it, naming job and host.
     """
-    life, patience_s = slurm_life(environ), ENDING_WAIT_S
+    life, first, waited_s = slurm_life(environ), None, 0.0
     while True:
         holder = read_holder(run_dir)
         sign = holder and life_sign(holder, life, _file_system_time(run_dir), ask_state)
-        if holder and sign and ENDING not in sign:
-            raise LeaseError(_in_use(run_dir, holder, sign))
-        if holder and sign and patience_s > 0:  # its ranks may be saving
-            patience_s -= POLL_S
+        if holder and sign and (ENDING not in sign or waited_s < ENDING_WAIT_S):
+            first = first or holder
+            if not _may_be_over(sign, first, holder) or waited_s > STALE_S:
+                raise LeaseError(_in_use(run_dir, holder, sign))
+            if not waited_s:
+                LOG.warning("waiting for life %d on %s: %s", holder.token, holder.host, sign)
+            waited_s += POLL_S
             time.sleep(POLL_S)
             continue
         lease = Lease.take(run_dir, holder.token + 1 if holder else 1, life, utc_now())
         if lease is not None:
             return lease
+
+
+def _may_be_over(sign: str, first: Holder, now: Holder) -> bool:
+    """Return whether a life is being ended, or shows nothing but a heartbeat that has stopped.
+
+    A job that resumes a killed one, and cannot ask Slurm from its image, must not fail for that.
+    """
+    return ENDING in sign or (HEARTBEAT in sign and now == first)
 
 
 def life_sign(holder: Holder, life: Mapping[str, Any], now: float, ask_state: AskState) -> str:
@@ -75,7 +87,7 @@ def life_sign(holder: Holder, life: Mapping[str, Any], now: float, ask_state: As
         pid = holder.process.pid
         return f"its process {pid} runs" if holder.process.is_alive() else ""
     age = now - holder.heartbeat
-    return f"its last heartbeat is {max(age, 0.0):.0f} s old" if age < STALE_S else ""
+    return f"{HEARTBEAT} is {max(age, 0.0):.0f} s old" if age < STALE_S else ""
 
 
 def _in_use(run_dir: Path, holder: Holder, sign: str) -> str:

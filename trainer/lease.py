@@ -78,6 +78,8 @@ class Holder:
         claimed: ISO time.
         heartbeat: seconds since the epoch, by the file system's clock.
         has_ended: whether it said how it ended.
+        damage: what is wrong with the file, then ``token``, ``heartbeat`` and ``has_ended`` alone
+            are known; empty for nothing.
     """
 
     token: int
@@ -88,6 +90,7 @@ class Holder:
     claimed: str
     heartbeat: float
     has_ended: bool
+    damage: str = ""
 
 
 def newest_token(run_dir: Path) -> int:
@@ -103,10 +106,15 @@ def read_holder(run_dir: Path) -> Holder | None:
     if not token:
         return None
     path = lease_path(run_dir, token)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["process"] = Process(**values["process"])
-    beat = path.stat().st_mtime
-    return Holder(**values, heartbeat=beat, has_ended=path.with_suffix(".end").exists())
+    beat, has_ended = path.stat().st_mtime, path.with_suffix(".end").exists()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["process"] = Process(**values["process"])
+        return Holder(**values, heartbeat=beat, has_ended=has_ended)
+    except (ValueError, KeyError, TypeError) as error:  # as a power failure leaves it
+        damage = f"{type(error).__name__}: {error}"
+        nobody = Process("", "", 0, 0)
+        return Holder(token, "an unknown host", None, 0, nobody, "", beat, has_ended, damage)
 
 
 def lease_path(run_dir: Path, token: int) -> Path:
@@ -119,7 +127,10 @@ def create_file(path: Path, data: Mapping[str, Any]) -> bool:
     path.parent.mkdir(exist_ok=True)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
-        aside.write_text(json.dumps(dict(data), ensure_ascii=False), encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(dict(data), ensure_ascii=False))
+            file.flush()
+            os.fsync(file.fileno())  # or a node that loses power leaves an empty one
         os.link(aside, path)
     except FileExistsError:
         return False

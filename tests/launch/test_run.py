@@ -6,20 +6,23 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from launch import run, run_folder
+from launch import agreement, run, run_folder
 from launch.compose import compose_values
 from launch.rendezvous import Rendezvous
 from launch.summary import plan
+from launch.tenancy import Stay
 from launch.validation import Run, build_run
 from trainer.config import RunConfig, load_config
-from trainer.errors import ConfigError, DataError
+from trainer.errors import STOP_FILE_CAUSE, ConfigError, DataError, StopRequestedError
+from trainer.lease import Lease
 from trainer.lives import read_lives
-from trainer.stage import Stage
+from trainer.stage import Context, Stage
 from trainer.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +135,27 @@ def test_of_several_ranks_one_runs_a_single_process_stage(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("note_stage")
+def test_a_stop_is_recorded_before_any_rank_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun ends rank 0 as soon as another one has left, and then nobody knew of the stop."""
+
+    def stop(context: Context) -> None:
+        raise StopRequestedError(7, STOP_FILE_CAUSE)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(agreement, "join", lambda *values: None)
+    monkeypatch.setattr(agreement, "share_lease", lambda run_dir, lease: lease)
+    monkeypatch.setattr(agreement, "part", lambda: seen.extend(read_lives(tmp_path)))
+    monkeypatch.setattr("trainer.engine.engine.init_distributed", lambda *values: None)
+    config = load_config(compose_values(["stage=pretrain", f"run_dir={tmp_path}"]))
+    stay = Stay(tmp_path, 0, Lease(tmp_path, 1))
+    found = Rendezvous(0, 1, 0, 1, "127.0.0.1", 29500, "plain")
+    with pytest.raises(StopRequestedError):
+        run._run_together(Run(config, SimpleNamespace(run=stop)), found, stay)  # type: ignore
+    assert [(life["exit_code"], life["cause"]) for life in seen] == [(75, STOP_FILE_CAUSE)]
+
+
 def test_a_secret_in_a_config_file_is_refused(tmp_path: Path) -> None:
     asked = values(tmp_path / "run", text="hf_" + "a1B2" * 8)
     with pytest.raises(ConfigError, match=r"stage\.text looks like a secret"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -93,6 +94,45 @@ def test_a_job_that_hangs_in_its_end_is_not_waited_for_for_ever(
     monkeypatch.setattr("time.sleep", slept.append)
     assert take_lease(tmp_path, {"SLURM_JOB_ID": "18"}, lambda job: "COMPLETING").token == 2
     assert sum(slept) == 60
+
+
+def take_elsewhere(folder: Path) -> None:
+    """Leave the lease of a job in another namespace, as an image may be."""
+    take_lease(folder, {"SLURM_JOB_ID": "17"}, never)
+    path = lease_path(folder, 1)
+    data = json.loads(path.read_text()) | {"process": dataclasses.asdict(ELSEWHERE)}
+    path.write_text(json.dumps(data))
+
+
+def test_a_heartbeat_that_has_stopped_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Slurm cannot be asked, a job killed a moment ago must not end the one after it."""
+    take_elsewhere(tmp_path)
+    clock = [lease_path(tmp_path, 1).stat().st_mtime]
+    monkeypatch.setattr("launch.tenancy._file_system_time", lambda run_dir: clock[0])
+    monkeypatch.setattr("time.sleep", lambda s: clock.append(clock.pop() + s))
+    start = clock[0]
+    assert take_lease(tmp_path, {"SLURM_JOB_ID": "18"}, lambda job: None).token == 2
+    assert clock[0] - start == 60
+
+
+def test_a_heartbeat_that_goes_on_is_refused_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_elsewhere(tmp_path)
+    slept: list[float] = []
+
+    def beat(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            os.utime(lease_path(tmp_path, 1), (10**9, 10**9))
+
+    monkeypatch.setattr("launch.tenancy._file_system_time", lambda run_dir: 10.0**9)
+    monkeypatch.setattr("time.sleep", beat)
+    with pytest.raises(LeaseError, match="its last heartbeat is 0 s old"):
+        take_lease(tmp_path, {"SLURM_JOB_ID": "18"}, lambda job: None)
+    assert len(slept) == 3
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,15 @@ def test_a_token_is_taken_once_and_tells_who_has_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "leases").iterdir()] == ["00001.json"]
 
 
+def test_a_lease_that_a_power_failure_emptied_locks_nobody_out(tmp_path: Path) -> None:
+    assert take(tmp_path, 1, job="17")
+    lease_path(tmp_path, 1).write_text("")
+    holder = read_holder(tmp_path)
+    assert holder is not None and (holder.token, holder.job) == (1, None)
+    assert "JSONDecodeError" in holder.damage and not holder.process.is_visible()
+    assert take(tmp_path, holder.token + 1)
+
+
 def test_an_older_life_is_stopped_by_name(tmp_path: Path) -> None:
     old = take(tmp_path, 1, job="17")
     assert old is not None

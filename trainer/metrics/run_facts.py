@@ -234,10 +234,13 @@ def _read_mapping(path: Path, parse: Any, problems: list[str]) -> dict[str, Any]
 
 def _read_holder(run_dir: Path, problems: list[str]) -> Holder | None:
     try:
-        return read_holder(run_dir)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        problems.append(f"the lease of {run_dir} cannot be read: {type(error).__name__}: {error}")
+        holder = read_holder(run_dir)
+    except OSError as error:
+        problems.append(f"the lease of {run_dir} cannot be read: {error}")
         return None
+    if holder and holder.damage:
+        problems.append(f"the lease of {run_dir} cannot be read: {holder.damage}")
+    return holder
 
 
 def _newest_checkpoint(folder: Path) -> Saved | None:
