@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,11 @@ def submit_again(facts: RunFacts, run_dir: Path) -> int:
         StorageError: when the folder cannot be written.
     """
     sbatch.require_slurm(str(facts.submission.get("cluster") or "slurm"))
-    number = sbatch.submit_script(run_dir / SCRIPT_NAME)
+    refuse_moved(run_dir)
+    # A run that has lived had all that it waited for; those jobs may have been made anew since.
+    has_lived = any(life.started for life in facts.lives)
+    flags = ["--dependency="] if has_lived else []
+    number = sbatch.submit_script(run_dir / SCRIPT_NAME, *flags)
     jobs = [*(facts.submission.get("job_ids") or []), number]
     aside = run_dir / f".{SUBMISSION_NAME}.{os.getpid()}"
     with writing(run_dir):
@@ -112,6 +117,17 @@ def submit_again(facts: RunFacts, run_dir: Path) -> int:
         f"job {number} resumes {run_dir} at step {step}; follow it with `kuroshio watch {run_dir}`"
     )
     return 0
+
+
+def refuse_moved(run_dir: Path) -> None:
+    """Raise ConfigError when the script of a run is of another folder than the one it lies in."""
+    text = (run_dir / SCRIPT_NAME).read_text(encoding="utf-8")
+    found = re.search(r"^RUN=(/.*)$", text, re.MULTILINE)
+    if found and Path(found[1]).resolve() != run_dir.resolve():
+        raise ConfigError(
+            f"{run_dir} was {found[1]} when it was submitted, and its {SCRIPT_NAME} still says so; "
+            f"`kuroshio submit --config {run_dir / CONFIG_NAME}` goes on"
+        )
 
 
 def run_here(run_dir: Path) -> int:

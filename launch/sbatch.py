@@ -41,13 +41,17 @@ def estimate_start(script: Path) -> str | None:
     return found[1] if found else None
 
 
-def submit_script(script: Path) -> str:
+def submit_script(script: Path, *flags: str) -> str:
     """Submit a job and return its number.
+
+    Args:
+        script: of the job.
+        flags: of sbatch, which replace lines of the script.
 
     Raises:
         ConfigError: Slurm refuses the job, in its words.
     """
-    printed = _sbatch(["--parsable", str(script)])
+    printed = _sbatch(["--parsable", *flags, str(script)])
     number = printed.strip().splitlines()[-1].partition(";")[0]  # ;NAME where there are clusters
     if not number.isdigit():
         raise ConfigError(

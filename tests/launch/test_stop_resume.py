@@ -149,10 +149,28 @@ def test_resume_submits_the_script_again(
     (run.path / "job.sbatch").touch()
     fake_commands(slurm, squeue="", sbatch="99")
     assert resume.main([str(run.path)]) == 0
-    assert calls(slurm) == [f"sbatch --parsable {run.path}/job.sbatch"]
+    # What the run waited for before its first life may have failed and been made anew since.
+    assert calls(slurm) == [f"sbatch --parsable --dependency= {run.path}/job.sbatch"]
     assert json.loads((run.path / "submit.json").read_text())["job_ids"] == ["7", "99"]
     assert not (run.path / "stop").exists()
     assert f"job 99 resumes {run.path} at step 100" in capsys.readouterr().out
+
+
+def test_a_run_that_never_began_waits_for_its_parents_again(tmp_path: Path, slurm: Path) -> None:
+    run = RunFolder(tmp_path / "run", time.time()).submitted("7")
+    (run.path / "job.sbatch").touch()
+    fake_commands(slurm, squeue="", sbatch="99")
+    assert resume.main([str(run.path)]) == 0
+    assert calls(slurm) == [f"sbatch --parsable {run.path}/job.sbatch"]
+
+
+def test_resume_of_a_folder_that_was_moved(run: RunFolder, slurm: Path) -> None:
+    run.end(60, 75)
+    (run.path / "job.sbatch").write_text("#!/bin/bash\nRUN=/old/place\nCODE=/old/place/code\n")
+    fake_commands(slurm, squeue="", sbatch="99")
+    with pytest.raises(ConfigError, match=r"was /old/place .*submit --config .*config.yaml"):
+        resume.main([str(run.path)])
+    assert calls(slurm) == []
 
 
 def test_resume_goes_back_to_where_the_run_was_started(
