@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.graph.lineage import is_complete, read_json, work_folder, write_json
-from launch.slurm_queue import ENDING, LIVING, job_state
+from launch.slurm_queue import ENDING, LIVING, ask_squeue, job_state
 from trainer.config import build
 from trainer.errors import CheckpointError
 from trainer.lives import read_lives, utc_now
+from trainer.metrics.run_facts import SUBMISSION_NAME
 
 STATE_FILE = "pipeline.json"
 FORMAT = 1
+NEVER = "DependencyNeverSatisfied"  # squeue's reason; the jobs waited for may be made anew since
 BROKEN = ("failed", "held", "stopped")  # states of a parent that hold a child
 State = Literal["waiting", "running", "submitted", "done", "failed", "held", "stopped"]
 
@@ -101,16 +103,26 @@ def _look(folder: Path, name: str, step: StepState, known: Mapping[str, StepStat
         return dataclasses.replace(step, state="done", reason=None)
     if step.job is None or step.state not in ("submitted", "running"):
         return step
+    step = dataclasses.replace(step, job=_newest_job(folder, name) or step.job)
     broken = [p for p in step.parents if p in known and known[p].state in BROKEN]
-    slurm = job_state(step.job)
+    slurm = job_state(str(step.job))
     if slurm in (*LIVING, ENDING):
         return dataclasses.replace(step, state="running")
     if broken:
         reason = f"{', '.join(broken)} has not finished, so job {step.job} cannot start"
         return dataclasses.replace(step, state="held", reason=reason)
+    if slurm == "PENDING" and ask_squeue(str(step.job), "%r") == NEVER:
+        reason = f"job {step.job} waits for one that failed, and cannot start"
+        return dataclasses.replace(step, state="held", reason=reason)
     if slurm is None or slurm == "PENDING":
         return step
     return dataclasses.replace(step, state="failed", **_last_words(folder, name, step))
+
+
+def _newest_job(folder: Path, name: str) -> str | None:
+    """Return the job of a run that was resumed by itself since its pipeline was submitted."""
+    jobs = (read_json(folder / name / SUBMISSION_NAME) or {}).get("job_ids")
+    return str(jobs[-1]) if jobs else None
 
 
 def _last_words(folder: Path, name: str, step: StepState) -> dict[str, Any]:

@@ -38,7 +38,8 @@ echo "$2" >> {folder}/jobs
 wc -l < {folder}/jobs
 """
 SQUEUE = """#!/bin/sh
-for word in "$@"; do case $word in --jobs=*) job=${{word#--jobs=}} ;; esac; done
+for word in "$@"; do case $word in --jobs=*) job=${{word#--jobs=}} ;; *%r) r=1 ;; esac; done
+[ "$r" ] && grep -qx "$job" {folder}/never && echo "$job DependencyNeverSatisfied" && exit
 grep -qx "$job" {folder}/alive && echo "$job PENDING" || echo "Invalid job id specified" >&2
 grep -qx "$job" {folder}/alive
 """
@@ -55,7 +56,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
         (folder / name).write_text(text.format(folder=folder))
         (folder / name).chmod(0o755)
-    for name in ("jobs", "alive", "cancelled"):
+    for name in ("jobs", "alive", "cancelled", "never"):
         (folder / name).touch()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
@@ -118,6 +119,26 @@ def test_what_a_failed_step_holds_is_taken_out_and_submitted_again(
     again = scripts(slurm)[6:]
     waits = [directive(script, "dependency") for script in again]
     assert waits == ["", "afterok:7", "afterok:8", "afterok:9", "afterok:9"]
+
+
+def test_a_step_that_was_resumed_by_itself_frees_those_that_it_held(
+    words: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    jobs.main(words)
+    (tmp_path / "out/letters").mkdir()
+    (tmp_path / "out/letters/tokenizer.json").write_text("{}")
+    (tmp_path / "out/steps/letters.inputs.json").write_text('{"parents": {}}')
+    submission = tmp_path / "out/base/submit.json"  # job 2 failed, `kuroshio resume` made 20
+    submission.write_text(json.dumps({**json.loads(submission.read_text()), "job_ids": [2, 20]}))
+    (slurm / "alive").write_text("20\n3\n4\n5\n6\n")
+    (slurm / "never").write_text("3\n")
+    states = read_states(tmp_path / "out")
+    assert (states["base"].state, states["base"].job) == ("submitted", "20")
+    assert {states[name].state for name in ("base_model", "vocab", "tuned")} == {"held"}
+    jobs.main(words)
+    assert (slurm / "cancelled").read_text().split() == ["3", "4", "5", "6"]
+    again = [directive(script, "dependency") for script in scripts(slurm)[6:]]
+    assert again == ["afterok:20", "afterok:7", "afterok:8", "afterok:8"]
 
 
 def test_a_graph_is_submitted_whole_or_not_at_all(
