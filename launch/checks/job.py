@@ -189,7 +189,7 @@ def read(folder: Path) -> list[Finding]:
 
 def _explain_absence(folder: Path) -> Finding:
     """Say why the job's script, which names the nodes first of all, did not come as far."""
-    remedy = f"see the files in {folder}/logs, and `squeue --me`"
+    remedy = f"see the files in {folder}/logs, and `squeue -u $USER`"
     path = folder / FIRST_NODE
     node = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if not node:

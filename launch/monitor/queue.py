@@ -21,7 +21,10 @@ HELD = {"JobHeldUser", "JobHeldAdmin", "DependencyNeverSatisfied", "launch_faile
 
 @dataclass(frozen=True)
 class Job:
-    """One job; times are seconds since the epoch, None where Slurm does not know yet."""
+    """One job; times are seconds since the epoch, None where Slurm does not know yet.
+
+    A task of an array has two numbers: ``ARRAY_TASK``, and its own one, which its lives note.
+    """
 
     number: str
     state: str
@@ -29,6 +32,7 @@ class Job:
     ends: float | None  # when its time limit is over
     starts: float | None  # began, or is expected to
     nodes: str
+    own_number: str = ""
 
     @property
     def is_pending(self) -> bool:
@@ -103,7 +107,8 @@ def parse_jobs(text: str) -> dict[str, Job]:
         if len(cells) < len(FIELDS):
             continue  # a line of a plugin or a site's wrapper
         number, shown, state, ends, starts, reason, nodes = cells
-        job = Job(shown, state, reason, read_slurm_time(ends), read_slurm_time(starts), nodes)
+        times = read_slurm_time(ends), read_slurm_time(starts)
+        job = Job(shown, state, reason, *times, nodes, number)
         jobs[shown] = job
         if number == shown or not job.is_pending:  # tasks that wait all have the array's number
             jobs[number] = job

@@ -87,7 +87,8 @@ def _judge_pending(facts: RunFacts, job: Job) -> State:
 def _judge_ended(facts: RunFacts, job: Job | None, was_asked: bool) -> State:
     """Judge a run of which nothing runs or waits."""
     last = facts.lives[-1] if facts.lives else None
-    if job is not None and all(life.job != job.number for life in facts.lives):
+    names = (job.number, job.own_number) if job else ()
+    if job is not None and all(life.job not in names for life in facts.lives):
         word = "stopped" if job.state == "CANCELLED" else "failed"
         return State(word, f"job {job.number} {job.state} before it began to run")
     if last is None and facts.job_ids:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from run_folders import RunFolder
 
-from launch.monitor.queue import Job
+from launch.monitor.queue import Job, parse_jobs
 from launch.monitor.state import State, judge, newest_job
 from trainer.lease import Process
 from trainer.metrics.run_facts import read_run
@@ -26,6 +26,14 @@ def run(tmp_path: Path) -> RunFolder:
 
 def state(run: RunFolder, *jobs: Job) -> State:
     return judge(read_run(run.path, NOW), {job.number: job for job in jobs})
+
+
+def test_a_task_of_an_array_is_known_by_both_of_its_numbers(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "task", NOW).submitted("7_2")
+    run.life(900, job="9").end(60, 65, job="9", restart=0, reason="bad row")
+    jobs = parse_jobs("9|7_2|FAILED|N/A|N/A|NonZeroExitCode|n1")
+    found = judge(read_run(run.path, NOW), jobs)
+    assert found.word == "failed" and "bad row" in found.note
 
 
 def test_before_the_first_life(run: RunFolder, tmp_path: Path) -> None:
