@@ -35,8 +35,11 @@ def slurm_life(environ: Mapping[str, str]) -> dict[str, Any]:
 def append_line(run_dir: Path, record: Mapping[str, Any]) -> None:
     """Append one line; an OSError is the caller's to explain."""
     line = json.dumps(dict(record), ensure_ascii=False) + "\n"
-    descriptor = os.open(run_dir / LIVES_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(run_dir / LIVES_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = f"\n{line}"  # the line before was torn, and must not take this one with it
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)

@@ -32,6 +32,8 @@ def test_a_life_that_never_began_and_a_torn_line(tmp_path: Path) -> None:
     living, refused = read_lives(tmp_path)
     assert "ended" not in living
     assert (refused["exit_code"], refused["decision"]) == (73, "give up")
+    append_line(tmp_path, {"started": "e", "token": 2, "job": "9", "restart": 0})
+    assert [life["token"] for life in read_lives(tmp_path)] == [1, None, 2]
 
 
 def test_ends_outside_slurm_are_not_mixed_up(tmp_path: Path) -> None:
