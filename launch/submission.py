@@ -207,23 +207,26 @@ def submit_command(
 def enter_job(values: Mapping[str, Any]) -> Path:
     """Write a run's folder from inside a job that was submitted by hand; return the folder.
 
-    A restarted job finds the folder and the code of its first life.
+    A restarted job goes on with the config and the code of its first life, whatever the checkout
+    has become since.
 
     Raises:
         ConfigError: with every problem found, or a run folder in use.
         StorageError: the folder cannot be written.
     """
-    checked = draft(values, Path(str(values["run_dir"])))
-    folder, job = Path(checked.job.folder), os.environ.get("SLURM_JOB_ID")
+    folder = Path(str(values["run_dir"])).expanduser().absolute()
+    job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         raise ConfigError("--inside-job: SLURM_JOB_ID is not set; leave the flag out to submit")
+    if job in read_submission(folder).get("job_ids", []):
+        return folder
+    checked = draft(values, folder)
     refuse_in_use(folder, own_job=job)
     with private_files():
+        forget_stop(folder)
         changes = freeze(folder, checked.config)
-        if job not in read_submission(folder).get("job_ids", []):
-            forget_stop(folder)
-            copy_code(folder / CODE)
-            _record(checked, job, changes)
+        copy_code(folder / CODE)
+        _record(checked, job, changes)
     return folder
 
 

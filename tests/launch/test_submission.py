@@ -302,8 +302,11 @@ def test_a_job_submitted_by_hand_makes_its_folder(
     assert submission.enter_job(values) == tmp_path / "run"
     marker = tmp_path / "run/code/of_the_first_life"
     marker.touch()
-    submission.enter_job(values)  # its next life finds what the first one copied
+    # Its next life finds what the first one copied, also after a default of conf/ has changed.
+    values["loop"] = {**values["loop"], "log_every": 7, "seed": 99}
+    assert submission.enter_job(values) == tmp_path / "run"
     assert marker.exists()
+    assert run_folder.read(tmp_path / "run/config.yaml")["loop"]["seed"] != 99
     assert job_folder.read_submission(tmp_path / "run")["job_ids"] == ["9"]
 
 
