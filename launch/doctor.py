@@ -116,7 +116,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--read", metavar="FOLDER", help="show the result of an earlier --nodes")
     # What the job of --nodes starts on every node.
     parser.add_argument("--ranks", metavar="NODE,NODE", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.nodes is not None and options.nodes < 1:
         raise ConfigError(
             f"--nodes {options.nodes}: give the number of nodes to measure, 1 or more"

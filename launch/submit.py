@@ -59,7 +59,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     # What slurm/train.sbatch calls inside the job that somebody submitted by hand.
     parser.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.config and options.overrides:
         raise ConfigError(
             f"--config={options.config} is a whole configuration, so "

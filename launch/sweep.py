@@ -122,7 +122,7 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
             help="runs at the same time, at most; default: as many as the partition lets a user",
         )
         parser.add_argument("--force", action="store_true", help="although a plan does not fit")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _task(combination: Sequence[str], values: dict[str, Any]) -> Task:

@@ -339,7 +339,8 @@ def test_the_login_node_never_loads_torch(slurm: FakeSlurm, tmp_path: Path) -> N
 def test_a_dry_run_prints_the_script_and_writes_nothing(
     slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit.main([*WORDS, f"run_dir={tmp_path}/run", "--dry-run"]) == 0
+    words = ["--dry-run", *WORDS[:1], "--force", *WORDS[1:]]  # flags may stand anywhere
+    assert submit.main([*words, f"run_dir={tmp_path}/run"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=pretrain-tiny\n")
     assert not (tmp_path / "run").exists() and slurm.read("sbatch.calls") == ""
 
