@@ -17,12 +17,13 @@ from launch.graph.lineage import is_complete, read_json, work_folder, write_json
 from launch.slurm_queue import ENDING, LIVING, ask_squeue, job_state
 from trainer.config import build
 from trainer.errors import CheckpointError
-from trainer.lives import read_lives, utc_now
+from trainer.lives import Life, read_lives, utc_now
 from trainer.metrics.run_facts import SUBMISSION_NAME
 
 STATE_FILE = "pipeline.json"
 FORMAT = 1
 NEVER = "DependencyNeverSatisfied"  # squeue's reason; the jobs waited for may be made anew since
+REQUEUED = "requeue"  # what the end of a job decided; Slurm shows it a moment later
 BROKEN = ("failed", "held", "stopped")  # states of a parent that hold a child
 State = Literal["waiting", "running", "submitted", "done", "failed", "held", "stopped"]
 
@@ -114,8 +115,8 @@ def _look(folder: Path, name: str, step: StepState, known: Mapping[str, StepStat
     if slurm == "PENDING" and ask_squeue(str(step.job), "%r") == NEVER:
         reason = f"job {step.job} waits for one that failed, and cannot start"
         return dataclasses.replace(step, state="held", reason=reason)
-    if slurm is None or slurm == "PENDING":
-        return step
+    if slurm != "" or _last_life(folder, name, step).get("decision") == REQUEUED:
+        return step  # it waits, for its next life too, or nobody knows
     return dataclasses.replace(step, state="failed", **_last_words(folder, name, step))
 
 
@@ -125,13 +126,24 @@ def _newest_job(folder: Path, name: str) -> str | None:
     return str(jobs[-1]) if jobs else None
 
 
+def _place(folder: Path, name: str, step: StepState) -> Path:
+    return folder / name if step.kind == "run" else work_folder(folder, name)
+
+
+def _last_life(folder: Path, name: str, step: StepState) -> Life:
+    """Return what the last life of a step's job left, empty when it said nothing."""
+    lives = read_lives(_place(folder, name, step))
+    return next((life for life in reversed(lives) if life.get("job") == step.job), {})
+
+
 def _last_words(folder: Path, name: str, step: StepState) -> dict[str, Any]:
     """Return why a step's last life ended, as far as it could say so."""
-    place = folder / name if step.kind == "run" else work_folder(folder, name)
-    life = next((n for n in reversed(read_lives(place)) if n.get("job") == step.job), {})
-    silent = f"job {step.job} ended without a word; its output is in {place}/logs"
+    life = _last_life(folder, name, step)
+    logs = _place(folder, name, step) / "logs"
     return {
         "exit_code": life.get("exit_code"),
         "ended": life.get("ended"),
-        "reason": life.get("decision_reason") or life.get("reason") or silent,
+        "reason": life.get("decision_reason")
+        or life.get("reason")
+        or f"job {step.job} ended without a word; its output is in {logs}",
     }

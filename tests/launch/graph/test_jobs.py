@@ -141,6 +141,21 @@ def test_a_step_that_was_resumed_by_itself_frees_those_that_it_held(
     assert again == ["afterok:20", "afterok:7", "afterok:8", "afterok:8"]
 
 
+def test_a_job_between_two_lives_is_not_a_failed_one(
+    words: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    jobs.main(words)
+    life = {"started": "now", "token": 1, "job": "2", "restart": 0}
+    decision = {"decided": "now", "job": "2", "restart": 0, "decision": "requeue"}
+    path = tmp_path / "out/base/lives.jsonl"
+    path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
+    assert read_states(tmp_path / "out")["base"].state == "submitted"
+    decision |= {"decision": "give up", "decision_reason": "its data cannot be used"}
+    path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
+    found = read_states(tmp_path / "out")["base"]
+    assert (found.state, found.reason) == ("failed", "its data cannot be used")
+
+
 def test_a_graph_is_submitted_whole_or_not_at_all(
     words: list[str], slurm: Path, tmp_path: Path
 ) -> None:
