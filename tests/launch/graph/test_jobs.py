@@ -145,6 +145,7 @@ def test_a_job_between_two_lives_is_not_a_failed_one(
     words: list[str], slurm: Path, tmp_path: Path
 ) -> None:
     jobs.main(words)
+    (slurm / "alive").write_text("1\n")
     life = {"started": "now", "token": 1, "job": "2", "restart": 0}
     decision = {"decided": "now", "job": "2", "restart": 0, "decision": "requeue"}
     path = tmp_path / "out/base/lives.jsonl"
