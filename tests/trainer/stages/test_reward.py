@@ -285,6 +285,19 @@ def test_answers_are_scored_at_their_end() -> None:
             Row(pieces[2:], 1, 0, factors[2:], examples[2:])]  # fmt: skip
     batch = collate(rows, length=16, pad_token_id=0, isolate=True)
     assert answer_ends(batch).tolist() == [3, 9, 1]
+    empty = collate([Row([], -1, 0, examples=[])], length=16, pad_token_id=0, isolate=True)
+    assert answer_ends(empty).tolist() == []  # of a rank that evaluates one pair less
+
+
+def test_a_rank_without_held_out_pairs_evaluates_with_the_others(
+    preference_config: dict[str, Any], english_tokenizer: Path, tmp_path: Path
+) -> None:
+    preference_config = copy.deepcopy(preference_config)
+    preference_config["run_dir"] = str(tmp_path / "run")
+    preference_config["loop"] |= {"max_steps": 1, "eval_chars": 1}  # one pair for two ranks
+    done = run_scenarios([{"config": preference_config}], 2, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert records(tmp_path / "run", "eval")[-1]["sources"]["pairs"]["num_pairs"] == 1
 
 
 def test_lone_answers_are_refused(
