@@ -41,11 +41,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="kuroshio submit",
         allow_abbrev=False,
         description="Submit a run as a job of cluster=NAME. It resumes itself until it is done.",
+        epilog="With pipeline=NAME the steps of a pipeline become jobs that wait for each other, "
+        "with --multirun KEY=A,B one array of runs, --at-once N of them at a time.",
     )
     parser.add_argument("overrides", nargs="*", metavar="GROUP=OPTION | KEY=VALUE")
     parser.add_argument("--config", metavar="FILE", help="a whole configuration: RUN/config.yaml")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the job script, write nothing"
+        "--dry-run", action="store_true", help="print the job script, or the jobs; write nothing"
     )
     parser.add_argument(
         "--after",

@@ -25,18 +25,22 @@ def main(words: Sequence[str]) -> int:
     """Submit a pipeline's graph; jobs that wait or run, and finished steps, are left alone.
 
     Args:
-        words: as of ``launch.pipeline.main``, with ``cluster=NAME``.
+        words: as of ``launch.pipeline.main``, with ``cluster=NAME``; with ``--dry-run`` everything
+            is checked and shown, nothing submitted or written.
 
     Raises:
         ConfigError: whatever can be known to be wrong before the first job.
     """
-    pipeline = read_pipeline(words, absolute=True)
+    pipeline = read_pipeline([word for word in words if word != "--dry-run"], absolute=True)
     composed = compose_runs(pipeline)
     progress.refuse_changes(pipeline, composed)
     check_sources(pipeline, composed)
     states = read_states(pipeline.folder) if read_state(pipeline.folder) else {}
     todo = _to_submit(pipeline, states)
     drafts = _drafts(pipeline, composed, todo)
+    if "--dry-run" in words:
+        _foresee(pipeline, todo, drafts)
+        return 0
     cluster = load_config(next(iter(composed.values()))).cluster.site.name
     table = progress.new_state(pipeline, composed, "submit", cluster)
     for name, state in states.items():
@@ -116,6 +120,22 @@ def _cluster(pipeline: Pipeline, step: Step, composed: Mapping[str, Values]) -> 
     """Return where a step that is no run has its job: where its parent, or its child, has one."""
     kin = [*step.parents, *pipeline.descendants(step.name)]
     return load_config(next(composed[name] for name in kin if name in composed)).cluster
+
+
+def _foresee(pipeline: Pipeline, todo: Sequence[str], drafts: Mapping[str, Draft]) -> None:
+    """Print which steps would become jobs, of what size, behind which others."""
+    width = max(map(len, pipeline.steps))
+    for name, step in pipeline.steps.items():
+        if name not in todo:
+            print(f"{name:{width}}  finished, or has a job")
+            continue
+        after = ", ".join(parent for parent in step.parents if parent in todo)
+        note = f"after {after}" if after else ""
+        size = "one task"
+        if name in drafts:
+            job = drafts[name].job
+            size = f"{job.nodes} x {job.tasks_per_node} ranks, {job.time or 'no limit'}"
+        print(f"{name:{width}}  {size:24}  {note}".rstrip())
 
 
 def _drop(state: StepState | None) -> None:

@@ -97,6 +97,18 @@ def test_jobs_wait_for_those_of_their_parents(
     assert len(scripts(slurm)) == 6
 
 
+def test_a_dry_run_shows_the_jobs_and_submits_none(
+    words: list[str], slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.main([*words, "cluster.time=1:00:00", "--dry-run"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[1] == ["base", "2", "x", "1", "ranks,", "1:00:00", "after", "letters"]
+    assert shown[2] == ["base_model", "one", "task", "after", "base"]
+    assert not scripts(slurm) and not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="step base: "):
+        jobs.main([*words, "cluster.account='a b'", "--dry-run"])
+
+
 def test_what_a_failed_step_holds_is_taken_out_and_submitted_again(
     words: list[str], slurm: Path, tmp_path: Path
 ) -> None:
