@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ from trainer.metrics.run_facts import SUBMISSION_NAME
 STATE_FILE = "pipeline.json"
 FORMAT = 1
 NEVER = "DependencyNeverSatisfied"  # squeue's reason; the jobs waited for may be made anew since
-REQUEUED = "requeue"  # what the end of a job decided; Slurm shows it a moment later
+REQUEUED = "requeue"  # what the end of a job decided
+REQUEUE_SHOWS_S = 300  # until Slurm, asked several times, must have the job in its queue again
 BROKEN = ("failed", "held", "stopped")  # states of a parent that hold a child
 State = Literal["waiting", "running", "submitted", "done", "failed", "held", "stopped"]
 
@@ -115,7 +117,7 @@ def _look(folder: Path, name: str, step: StepState, known: Mapping[str, StepStat
     if slurm == "PENDING" and ask_squeue(str(step.job), "%r") == NEVER:
         reason = f"job {step.job} waits for one that failed, and cannot start"
         return dataclasses.replace(step, state="held", reason=reason)
-    if slurm != "" or _last_life(folder, name, step).get("decision") == REQUEUED:
+    if slurm != "" or _is_between_lives(_last_life(folder, name, step)):
         return step  # it waits, for its next life too, or nobody knows
     return dataclasses.replace(step, state="failed", **_last_words(folder, name, step))
 
@@ -136,14 +138,23 @@ def _last_life(folder: Path, name: str, step: StepState) -> Life:
     return next((life for life in reversed(lives) if life.get("job") == step.job), {})
 
 
+def _is_between_lives(life: Life) -> bool:
+    """Return whether a job's end has just asked for its next life, which Slurm shows later."""
+    if life.get("decision") != REQUEUED:
+        return False
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(str(life["decided"]))
+    return age.total_seconds() < REQUEUE_SHOWS_S
+
+
 def _last_words(folder: Path, name: str, step: StepState) -> dict[str, Any]:
     """Return why a step's last life ended, as far as it could say so."""
     life = _last_life(folder, name, step)
     logs = _place(folder, name, step) / "logs"
+    reason = life.get("decision_reason") or life.get("reason")
+    if life.get("decision") == REQUEUED:
+        reason = f"job {step.job} was requeued, and cancelled before its next life"
     return {
         "exit_code": life.get("exit_code"),
         "ended": life.get("ended"),
-        "reason": life.get("decision_reason")
-        or life.get("reason")
-        or f"job {step.job} ended without a word; its output is in {logs}",
+        "reason": reason or f"job {step.job} ended without a word; its output is in {logs}",
     }

@@ -12,6 +12,7 @@ import pytest
 from launch.graph import jobs
 from launch.graph.state import read_states
 from trainer.errors import ConfigError
+from trainer.lives import utc_now
 
 TEXT = """
 steps:
@@ -159,10 +160,14 @@ def test_a_job_between_two_lives_is_not_a_failed_one(
     jobs.main(words)
     (slurm / "alive").write_text("1\n")
     life = {"started": "now", "token": 1, "job": "2", "restart": 0}
-    decision = {"decided": "now", "job": "2", "restart": 0, "decision": "requeue"}
+    decision = {"decided": utc_now(), "job": "2", "restart": 0, "decision": "requeue"}
     path = tmp_path / "out/base/lives.jsonl"
     path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
     assert read_states(tmp_path / "out")["base"].state == "submitted"
+    decision |= {"decided": "2026-01-01T00:00:00+00:00"}
+    path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
+    found = read_states(tmp_path / "out")["base"]
+    assert (found.state, "cancelled before its next life" in str(found.reason)) == ("failed", True)
     decision |= {"decision": "give up", "decision_reason": "its data cannot be used"}
     path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
     found = read_states(tmp_path / "out")["base"]
