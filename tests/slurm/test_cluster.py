@@ -78,6 +78,7 @@ def test_nodes_have_names_addresses_gpus_and_disks_of_their_own(
         pytest.skip("nodes without namespaces share all of this")
     script = f"""#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=2 --gres=gpu:2 {ACCOUNT} --output={tmp_path}/out
+#SBATCH --error={tmp_path}/err
 srun bash -c 'echo $(hostname) $(hostname -I) $CUDA_VISIBLE_DEVICES'
 srun bash -c 'touch {cluster.scratch}/$(hostname)'
 srun ls {cluster.scratch}
