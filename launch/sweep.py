@@ -18,7 +18,7 @@ from rich.table import Table
 from launch import run_folder
 from launch.compose import compose_values, expand_sweep
 from launch.graph.lineage import changed_values
-from launch.job_folder import read_submission
+from launch.job_folder import read_submission, refuse_in_use
 from trainer.config import ClusterConfig, load_config
 from trainer.config.cluster import partition_limits
 from trainer.errors import EXIT_RESUME, ConfigError, KuroshioError
@@ -163,7 +163,7 @@ def _start(task: Task) -> int:
 
 
 def _submit(tasks: Sequence[Task], at_once: int | None, force: bool) -> int:
-    """Submit the runs that are not finished as one array, and show what the others came to."""
+    """Submit the runs that wait for nobody as one array, and show what the others came to."""
     from launch.submission import draft, submit_array
 
     if at_once is not None and at_once < 1:
@@ -171,6 +171,7 @@ def _submit(tasks: Sequence[Task], at_once: int | None, force: bool) -> int:
     left = [task for task in tasks if not _is_finished(task)]
     if len(left) < len(tasks):
         _print(result_table([task for task in tasks if task not in left]))
+    left = [task for task in left if not _has_job(task)]
     if not left:
         return 0
     drafts, problems = [], []
@@ -211,6 +212,16 @@ def _is_finished(task: Task) -> bool:
     if asked is None or changed_values(asked, run_folder.plain(load_config(task.values))):
         return False  # a folder of another run is refused where its job is made
     return read_run(task.folder).is_finished
+
+
+def _has_job(task: Task) -> bool:
+    """Say whether a run waits or lives already, and print so."""
+    try:
+        refuse_in_use(task.folder)
+    except ConfigError as error:
+        print(f"left alone: {error}")
+        return True
+    return False
 
 
 def _figures(facts: RunFacts) -> Iterator[tuple[str, str]]:

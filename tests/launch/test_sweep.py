@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import fake_commands
 
 from launch import run, sweep
 from trainer.config import ClusterConfig, PartitionConfig, SiteConfig
@@ -82,6 +84,29 @@ def test_runs_follow_one_another_and_end_with_a_table(
         ["0.0003", "1", "7/?", "0.0003", "0.0030"],
     ]
     assert "training loss" in found.out and "en loss" in found.out
+
+
+def test_runs_that_have_a_job_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[str] = []
+
+    def submit_array(drafts: list[Any], folder: Path, limit: int) -> str:
+        given.extend(Path(draft.config.run_dir).name for draft in drafts)
+        return "7"
+
+    monkeypatch.setattr("launch.submission.submit_array", submit_array)
+    commands = fake_commands(tmp_path / "bin", squeue="5 RUNNING", sbatch="")
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    busy = tmp_path / "sweep/lr=0.0001+seed=1"
+    busy.mkdir(parents=True)
+    (busy / "submit.json").write_text('{"job_ids": ["5"]}', encoding="utf-8")
+    words = [*SWEPT, f"run_dir={tmp_path}/sweep", "cluster=local_slurm"]
+    assert sweep.main("submit", [*words, "+model.architecture.vocab_size=512"]) == 0
+    assert given == ["lr=0.0001+seed=0", "lr=0.0003+seed=0", "lr=0.0003+seed=1"]
+    said = capsys.readouterr().out
+    assert f"left alone: run_dir={busy} is in use: its job 5 is RUNNING" in said
+    assert "job 7_2" in said
 
 
 def test_an_array_is_as_wide_as_the_partition_lets_a_user() -> None:
