@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.inputs.llama_2_7b import LLAMA_2_7B  # noqa: E402
 from benchmarks.inputs.planned_memory import (  # noqa: E402
     PEAK_CASES,
     STATE_CASES,
@@ -40,17 +41,6 @@ from benchmarks.inputs.published_runs import (  # noqa: E402
 )
 
 PUBLISHED = ROOT.parent / "shared/anchors/throughput_public.csv"
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "vocab_size": 55296,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
 _LENGTHS = "data.max_length=512 stage.sampling.max_new_tokens=512 stage.rollouts_per_step=256"
 _PPO = f"experiment=hh_ppo stage.rewards.judge.path=MODEL stage.critic=null {_LENGTHS}"
 _LONG = "data.max_length=2048 loop.global_batch_tokens=1048576 loop.max_steps=1000"

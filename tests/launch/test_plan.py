@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.inputs.llama_2_7b import LLAMA_2_7B
 from launch import run_folder
 from launch.compose import compose_config
 from launch.plan import main
@@ -23,23 +24,12 @@ from launch.report import plan_anew
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-SEVEN_B = {
-    "model_type": "llama",
-    "vocab_size": 55296,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Return a model folder that has only its config.json yet."""
-    (tmp_path / "config.json").write_text(json.dumps(SEVEN_B))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     return tmp_path
 
 

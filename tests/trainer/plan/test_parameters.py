@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.inputs.llama_2_7b import LLAMA_2_7B
 from trainer.errors import ConfigError
 from trainer.plan.flops import ModelShape
 from trainer.plan.memory import Model
@@ -20,14 +21,6 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
-}
-LLAMA_2_7B = TINY | {
-    "vocab_size": 55296,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
 }
 
 

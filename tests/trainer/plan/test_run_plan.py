@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.inputs.llama_2_7b import LLAMA_2_7B
 from trainer.plan.memory import EnginePlan, Model, state_bytes
 from trainer.plan.parameters import Tuning
 from trainer.plan.run_plan import plan_run
@@ -14,15 +15,6 @@ from trainer.plan.search import changes_of, search
 from trainer.plan.speed import Pass, network_bytes_per_s, pass_flops, step_traffic
 from trainer.plan.work import Machine, Price, Rollout, RunPlan, Work
 
-SEVEN_B: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 55296,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-}
 V100 = Machine(
     "taiwania2",
     nodes=4,
@@ -43,7 +35,7 @@ V100 = Machine(
 
 
 def make_work(**changes: Any) -> Work:
-    policy = Model("policy", SEVEN_B, Tuning())
+    policy = Model("policy", LLAMA_2_7B, Tuning())
     tokens = 2**20
     work = Work(
         "pretrain",
@@ -66,7 +58,7 @@ def test_zero_splits_what_its_paper_says() -> None:
 
     Ours keeps gradients in fp32, so stages 1 to 3 hold 4 bytes of them where the figure has 2.
     """
-    model = Model("policy", SEVEN_B, Tuning())
+    model = Model("policy", LLAMA_2_7B, Tuning())
     number = model.counts.trained
     for stage, per_parameter in ((0, 2 + 2 + 12), (1, 2 + 4 + 12 / 64), (2, 2 + 16 / 64)):
         sizes = state_bytes([model], EnginePlan(stage, "fp16"), 64).gpu
@@ -76,7 +68,7 @@ def test_zero_splits_what_its_paper_says() -> None:
 
 
 def test_offload_moves_states_to_host_and_disk() -> None:
-    model = [Model("policy", SEVEN_B, Tuning())]
+    model = [Model("policy", LLAMA_2_7B, Tuning())]
     number = model[0].counts.trained
     cpu = state_bytes(model, EnginePlan(3, "bf16", "cpu", "cpu"), 8)
     assert cpu.host["optimizer"] == 12 * number / 8
@@ -187,7 +179,7 @@ def test_rings_are_as_fast_as_their_slowest_link() -> None:
 
 
 def test_flops_of_a_pass() -> None:
-    policy = Model("policy", SEVEN_B, Tuning())
+    policy = Model("policy", LLAMA_2_7B, Tuning())
     shape = policy.shape
     weights = shape.matmul_params + shape.head_params
     attention = 2 * shape.num_hidden_layers * shape.attention_width * 2049
@@ -196,13 +188,13 @@ def test_flops_of_a_pass() -> None:
     assert pass_flops(Pass(policy, 1.0, 2048, trains=True), recomputes=False) == 3 * forward
     again = pass_flops(Pass(policy, 1.0, 2048, trains=True), recomputes=True)
     assert again == 4 * forward - 2 * shape.head_params  # the head is not computed again
-    adapter = Model("policy", SEVEN_B, Tuning("lora", rank=8))
+    adapter = Model("policy", LLAMA_2_7B, Tuning("lora", rank=8))
     trained = pass_flops(Pass(adapter, 1.0, 2048, trains=True), recomputes=False)
     assert 2 * forward < trained < 2.1 * forward
 
 
 def test_too_many_keys_and_values_are_named_with_a_number_that_fits() -> None:
-    policy = Model("policy", SEVEN_B, Tuning("lora", rank=8))
+    policy = Model("policy", LLAMA_2_7B, Tuning("lora", rank=8))
     rollout = Rollout(policy, 256, 512, 512, cached_tokens=32768)
     passes = (Pass(policy, 2**18, 1024, trains=True),)
     work = make_work(models=(policy,), passes=passes, row_length=1024, rollout=rollout)
