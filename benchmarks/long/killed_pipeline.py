@@ -18,6 +18,7 @@ import random
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from launch.graph.state import StepState, read_states  # noqa: E402
 from trainer.lives import read_lives  # noqa: E402
 
 POLL_S = 0.5
+REVOKED_S = 3  # nodes refuse a job whose credential is not newer than the one just revoked
 EVERY_STEP = ["loop.log_every=1", "loop.save_every=1"]  # so that a kill costs little
 FIGURES = ("loss", "accuracy", "margin", "reward", "kl")
 
@@ -126,11 +128,14 @@ def max_steps(run: Path) -> int:
 
 
 def hurry(step: StepState) -> None:
-    """Let a requeued job start now: Slurm would wait."""
-    command = ["squeue", "--noheader", f"--jobs={step.job}", "--format=%T %r"]
+    """Let a requeued job wait for seconds; by itself Slurm waits for minutes."""
+    command = ["squeue", "--noheader", f"--jobs={step.job}", "--format=%T %r %S"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    if found[:2] == ["PENDING", "BeginTime"]:
-        subprocess.run(["scontrol", "update", f"jobid={step.job}", "starttime=now"], check=False)
+    if found[:2] != ["PENDING", "BeginTime"]:
+        return
+    if datetime.fromisoformat(found[2]) > datetime.now() + timedelta(seconds=REVOKED_S + 1):
+        when = f"starttime=now+{REVOKED_S}"
+        subprocess.run(["scontrol", "update", f"jobid={step.job}", when], check=False)
 
 
 def journal(run: Path, split: str) -> list[dict[str, Any]]:
