@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -129,11 +130,11 @@ def max_steps(run: Path) -> int:
 
 def hurry(step: StepState) -> None:
     """Let a requeued job wait for seconds; by itself Slurm waits for minutes."""
-    command = ["squeue", "--noheader", f"--jobs={step.job}", "--format=%T %r %S"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    if found[:2] != ["PENDING", "BeginTime"]:
-        return
-    if datetime.fromisoformat(found[2]) > datetime.now() + timedelta(seconds=REVOKED_S + 1):
+    command = ["scontrol", "--oneliner", "show", "job", str(step.job)]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    begin = re.search(r"JobState=PENDING Reason=BeginTime .*EligibleTime=(\S+)", shown)
+    soon = datetime.now() + timedelta(seconds=REVOKED_S + 1)
+    if begin and datetime.fromisoformat(begin[1]) > soon:
         when = f"starttime=now+{REVOKED_S}"
         subprocess.run(["scontrol", "update", f"jobid={step.job}", when], check=False)
 
