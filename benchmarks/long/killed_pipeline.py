@@ -30,7 +30,7 @@ from launch.graph.lineage import read_json  # noqa: E402
 from launch.graph.state import StepState, read_states  # noqa: E402
 from trainer.lives import read_lives  # noqa: E402
 
-POLL_S = 0.5
+POLL_S = 0.1
 REVOKED_S = 3  # nodes refuse a job whose credential is not newer than the one just revoked
 EVERY_STEP = ["loop.log_every=1", "loop.save_every=1"]  # so that a kill costs little
 FIGURES = ("loss", "accuracy", "margin", "reward", "kl")
