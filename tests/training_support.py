@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +36,40 @@ def run_scenarios(
     for rank, log in enumerate(logs):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
         environ = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        environ |= {"PYTHONFAULTHANDLER": "1"}
         environ |= {k: str(v) for k, v in place.items()} | {"PYTHONPATH": str(ROOT)}
         with log.open("w") as file:
             ranks.append(subprocess.Popen(command, env=environ, stdout=file, stderr=file))
-    code = 0
-    try:
-        for process in sorted(ranks, key=lambda p: p.pid, reverse=True):
-            code = process.wait(timeout_s) or code
-            if code:
-                break
-    finally:
-        for process in ranks:
-            if process.poll() is None and code == -9:
-                process.kill()
-            process.wait(60)
+    code = end_together(ranks, timeout_s)
     output = "\n".join(f"--- rank {i}\n{log.read_text()}" for i, log in enumerate(logs))
     return subprocess.CompletedProcess(command, code, output, "")
+
+
+def end_together(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> int:
+    """Wait for all ranks; return 0, or the code of one that failed.
+
+    A rank whose peer was killed is killed as well: it may hang in its teardown. One that is silent
+    for ``timeout_s``, or a minute longer than a rank that failed, leaves its stacks in its log.
+    """
+    limit = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < limit:
+            codes = [process.poll() for process in ranks]
+            if -signal.SIGKILL in codes:
+                return -signal.SIGKILL
+            if None not in codes:
+                return next(filter(None, codes), 0)
+            if any(codes):
+                limit = min(limit, time.monotonic() + 60)
+            time.sleep(0.05)
+        for process in ranks:
+            process.send_signal(signal.SIGABRT)
+            process.wait(60)
+        return next(filter(None, (process.returncode for process in ranks)))
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait(60)
 
 
 def read_masters(run_dir: Path, step: int | None = None) -> dict[str, torch.Tensor]:
