@@ -5,7 +5,9 @@ The only importer of mpi4py. Nothing is guessed: an environment that says half o
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import socket
 import subprocess
@@ -96,10 +98,19 @@ def detect(
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that is free on this machine now.
+
+    From 10000–29999, below those that systems give to connections without a port of their own
+    (Linux: 32768 and above): one of those would be gone again before rank 0 listens at it.
+
+    Raises:
+        ConfigError: when none of 100 ports drawn at random is free.
+    """
+    for port in random.SystemRandom().sample(range(10000, 30000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("no free TCP port was found between 10000 and 29999; set MASTER_PORT")
 
 
 def _from_rank_variables(environ: Mapping[str, str]) -> Rendezvous:

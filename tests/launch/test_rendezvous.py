@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from launch.rendezvous import (
     detect,
     device_index,
     first_slurm_host,
+    free_port,
     mpi_barrier,
     mpi_place,
 )
@@ -176,3 +179,20 @@ def test_device_index(visible: str | None, local_rank: int, index: int) -> None:
 def test_more_ranks_than_devices_is_an_error() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=0,1 has 2"):
         device_index(2, {"CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_a_free_port_is_none_that_connections_are_given() -> None:
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 1 and max(ports) < min(given, 30000)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", min(ports)))  # each can be listened at
+
+
+def test_a_machine_without_a_free_port_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("random.SystemRandom.sample", lambda self, ports, count: [port])
+        with pytest.raises(ConfigError, match="MASTER_PORT"):
+            free_port()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from cluster_nodes import call
 
+from launch.rendezvous import free_port
+
 if TYPE_CHECKING:
     from cluster import Cluster
 
@@ -42,7 +44,7 @@ def write_config(cluster: Cluster) -> None:
         name=f"k{cluster.tag}",
         host=host,
         controller_address="127.0.0.1" if simple else f"{cluster.network}.1",
-        controller_port=_free_port(),
+        controller_port=free_port(),
         node_port=NODE_PORT,
         folder=folder,
         job_submit="JobSubmitPlugins=lua" if plugin else "",
@@ -65,7 +67,7 @@ def _list_nodes(text: str, nodes: Sequence[str], where: str) -> str:
     """Give every node a line and a port of its own, as they share one address."""
     [line] = re.findall(r"^NodeName=.*$", text, re.MULTILINE)
     facts = line.split(maxsplit=1)[1]
-    lines = [f"NodeName={node} {where} Port={_free_port()} {facts}" for node in nodes]
+    lines = [f"NodeName={node} {where} Port={free_port()} {facts}" for node in nodes]
     return text.replace(line, "\n".join(lines))
 
 
@@ -75,12 +77,6 @@ def free_network(tag: str) -> str:
     first = int(tag, 16)
     candidates = (f"10.{100 + n // 256 % 100}.{n % 256}" for n in range(first, first + 25600))
     return next(network for network in candidates if f" {network}." not in used)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def name_nodes(cluster: Cluster) -> None:
