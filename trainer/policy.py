@@ -126,11 +126,8 @@ def build_actor_critic(
     parts.settle(sizes)
 
     actor, switch = parts.load_actor(model_config, switched=not copied)
-    critic: ScalarModel | ScoreHead | None = None
-    if critic_config is not None and shared:
-        critic = parts.share_backbone(actor.decoder, critic_config)
-    elif critic_config is not None:
-        critic = parts.load_critic(start, critic_config, own=critic_path is not None)
+    backbone = actor.decoder if shared else None
+    critic = _make_critic(parts, start, critic_config, backbone, own=critic_path is not None)
     module = ActorCritic(
         actor,
         critic,
@@ -141,6 +138,17 @@ def build_actor_critic(
     )
     engine = parts.engine(module.train(), checkpoint_name, critic_lr_ratio)
     return engine, model_config.to_dict()
+
+
+def _make_critic(
+    parts: Parts, start: ModelConfig, config: Any, backbone: Any, own: bool
+) -> ScalarModel | ScoreHead | None:
+    """Return the critic: on the actor's ``backbone``, or on one of its own; None without one."""
+    if config is None:
+        return None
+    if backbone is not None:
+        return parts.share_backbone(backbone, config)
+    return parts.load_critic(start, config, own=own)
 
 
 def keep_tokenizer(tokenizer: Any, path: Path, folder: Path) -> None:
