@@ -79,6 +79,13 @@ def directive(script: str, name: str) -> str:
     return found[1] if found else ""
 
 
+def finish_letters(folder: Path) -> None:
+    """Leave what the first step leaves when it is done."""
+    (folder / "letters").mkdir()
+    (folder / "letters/tokenizer.json").write_text("{}")
+    (folder / "steps/letters.inputs.json").write_text('{"parents": {}}')
+
+
 def test_jobs_wait_for_those_of_their_parents(
     words: list[str], slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,9 +121,7 @@ def test_what_a_failed_step_holds_is_taken_out_and_submitted_again(
     words: list[str], slurm: Path, tmp_path: Path
 ) -> None:
     jobs.main(words)
-    (tmp_path / "out/letters").mkdir()
-    (tmp_path / "out/letters/tokenizer.json").write_text("{}")
-    (tmp_path / "out/steps/letters.inputs.json").write_text('{"parents": {}}')
+    finish_letters(tmp_path / "out")
     (slurm / "alive").write_text("3\n4\n5\n6\n")  # job 2 has failed
     states = {name: step.state for name, step in read_states(tmp_path / "out").items()}
     assert states == {
@@ -138,9 +143,7 @@ def test_a_step_that_was_resumed_by_itself_frees_those_that_it_held(
     words: list[str], slurm: Path, tmp_path: Path
 ) -> None:
     jobs.main(words)
-    (tmp_path / "out/letters").mkdir()
-    (tmp_path / "out/letters/tokenizer.json").write_text("{}")
-    (tmp_path / "out/steps/letters.inputs.json").write_text('{"parents": {}}')
+    finish_letters(tmp_path / "out")
     submission = tmp_path / "out/base/submit.json"  # job 2 failed, `kuroshio resume` made 20
     submission.write_text(json.dumps({**json.loads(submission.read_text()), "job_ids": [2, 20]}))
     (slurm / "alive").write_text("20\n3\n4\n5\n6\n")
