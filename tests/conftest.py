@@ -16,7 +16,15 @@ pytest_plugins = ["training_fixtures", "chat_fixtures"]
 # What a cluster's or a user's shell may hold and a test must not inherit: a rank's place, where
 # torch and DeepSpeed listen, accounts that runs would be sent to.
 FOREIGN_PREFIXES = ("SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "WANDB_", "HYDRA_")
-FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FOREIGN = (
+    "KUROSHIO_FAULT",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

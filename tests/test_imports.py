@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
         "trainer.errors",
         "trainer.config",
         "trainer.deadline",
+        "trainer.faults",
         "trainer.lease",
         "trainer.lives",
         "tokenizer",
@@ -62,6 +63,7 @@ ONLY_LIBRARIES: dict[str, set[str]] = {
     "trainer.plan": set(),
     # What login nodes and the end of a job read.
     "trainer.deadline": set(),
+    "trainer.faults": set(),
     "trainer.lease": set(),
     "trainer.lives": set(),
 }
