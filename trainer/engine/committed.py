@@ -5,9 +5,7 @@ What ``checkpoint.py`` writes, read without DeepSpeed; export and tests use it a
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import shutil
 from collections import defaultdict
@@ -20,10 +18,11 @@ import torch
 from safetensors import safe_open
 
 from trainer.engine import collectives
+from trainer.engine.manifest import FORMAT, file_problem, hash_file, list_steps, read_manifest
 from trainer.errors import CheckpointError
 
+__all__ = ["FORMAT", "hash_file", "list_steps"]
 LOG = logging.getLogger(__name__)
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,15 @@ class Checkpoint:
         """Return the loop's state."""
         return self.manifest["state"]
 
+    @property
+    def layout(self) -> str:
+        """Return on what it was written."""
+        return describe_layout(self.manifest["world_size"], self.manifest["zero_stage"])
 
-def list_steps(folder: Path) -> list[Path]:
-    """Return committed checkpoint folders, newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
+
+def describe_layout(num_ranks: int, zero_stage: int) -> str:
+    """Return on how many ranks an engine is split, and how."""
+    return f"{num_ranks} rank{'s' * (num_ranks > 1)}, ZeRO-{zero_stage}"
 
 
 def find_newest(folder: Path) -> Checkpoint | None:
@@ -66,7 +70,7 @@ def find_newest(folder: Path) -> Checkpoint | None:
         path = folder / f"step_{step:08d}"
         problem = verify(path)
         if not problem:
-            return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+            return Checkpoint(path, read_manifest(path))
         reasons.append(f"{path.name}: {problem}")
         LOG.warning("checkpoint %s is damaged (%s); walking back", path, problem)
     if reasons:
@@ -92,7 +96,7 @@ def find_checkpoint(folder: Path, step: int | None) -> Checkpoint:
     if problem := verify(path):
         steps = ", ".join(str(int(p.name[5:])) for p in list_steps(folder))
         raise CheckpointError(f"step={step}: {problem}; checkpoints there: {steps or 'none'}")
-    return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+    return Checkpoint(path, read_manifest(path))
 
 
 def _announce_steps(folder: Path) -> Iterator[int]:
@@ -120,31 +124,14 @@ def verify(path: Path) -> str:
 
 def _verify_share(path: Path) -> str:
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = sorted(manifest["files"].items())
-        manifest["state"], manifest["step"], manifest["parameters"]
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, this version reads {FORMAT}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest unreadable ({type(error).__name__}: {error})"
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return str(error)
     rank, world_size = _rank_and_world()
-    for index, (name, facts) in enumerate(files):
-        try:
-            problem = _check_file(path / name, facts, read=index % world_size == rank)
-        except OSError as error:
-            problem = f"is unreadable ({error})"
+    for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
+        problem = file_problem(path / name, facts, read=index % world_size == rank)
         if problem:
             return f"{name} {problem}"
-    return ""
-
-
-def _check_file(file: Path, facts: dict[str, Any], *, read: bool) -> str:
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != facts["bytes"]:
-        return f"has {file.stat().st_size} bytes instead of {facts['bytes']}"
-    if read and hash_file(file) != facts["sha256"]:
-        return "does not match its SHA-256"
     return ""
 
 
@@ -159,6 +146,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.num_bytes = 0  # read so far
         self.shapes: dict[str, list[int]] = checkpoint.manifest["parameters"]
         self._files = [safe_open(checkpoint.path / n, "pt") for n in checkpoint.manifest["files"]]
         self._pieces: dict[str, list[tuple[int, int, int, str]]] = defaultdict(list)
@@ -177,6 +165,7 @@ class Reader:
                 piece = self._files[number].get_slice(key)[low - start : high - start]
                 out[low - offset : high - offset] = piece
                 filled += high - low
+        self.num_bytes += filled * out.element_size()
         if filled != numel:
             raise CheckpointError(
                 f"{self.checkpoint.path}: {name} has {filled} of {numel} elements of {kind}"
@@ -187,15 +176,6 @@ class Reader:
         """Return the whole parameter in its own shape, fp32."""
         shape = self.shapes[name]
         return self.read(name, kind, 0, torch.Size(shape).numel()).view(shape)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def iterate_whole(reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
