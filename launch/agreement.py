@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,22 +14,11 @@ import torch.distributed as dist
 from launch import ROOT
 from launch.rendezvous import mpi_finalize
 from launch.run_folder import CONFIG_FILE, plain
+from launch.snapshot import hash_code
 from trainer.config import RunConfig
 from trainer.engine import collectives
 from trainer.errors import LostRankError, RanksDisagreeError
 from trainer.lease import Lease
-
-CODE = ("launch", "trainer", "tokenizer")
-
-
-def hash_code(root: Path = ROOT) -> str:
-    """Return the SHA-256 over names and contents of the project's Python files."""
-    digest = hashlib.sha256()
-    for package in CODE:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def rank_facts(config: RunConfig, run_dir: Path, root: Path = ROOT) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from launch.snapshot import hash_code
 from trainer.config import RunConfig, build
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.lives import append_line, newest_step, read_lives, slurm_life, utc_now
@@ -167,6 +168,7 @@ def record_life(
         "directory": str(Path.cwd()),  # what relative paths of the config mean
         "first_step": newest_step(run_dir),
         "changes": dict(changes),
+        "code": hash_code(),
     }
     with writing(run_dir):
         append_line(run_dir, life)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from launch import ROOT
 from trainer.errors import StorageError
 
 PARTS = ("launch", "trainer", "tokenizer", "conf", "slurm")
+HASHED = ("launch", "trainer", "tokenizer")
 # `python RUN/code WORDS` is `kuroshio WORDS` of this copy: Python looks for modules in the folder
 # that it runs first, while `python -m` would prefer those of the working directory, which is often
 # a checkout.
@@ -53,3 +55,13 @@ def copy_code(target: Path, root: Path = ROOT) -> None:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_code(root: Path = ROOT) -> str:
+    """Return the SHA-256 over names and contents of the project's Python files."""
+    digest = hashlib.sha256()
+    for package in HASHED:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -49,7 +49,7 @@ def read_lives(run_dir: Path) -> list[Life]:
     """Return the lives of a run in the order of their starts, each with its end as far as known.
 
     Fields of a start: ``started, token, host, job, restart, launcher, world_size, directory,
-    first_step, changes``; of an end: ``ended, exit_code, reason, cause, rank, step`` (newest
+    first_step, changes, code``; of an end: ``ended, exit_code, reason, cause, rank, step`` (newest
     checkpoint); of a job script's decision: ``decision, decision_reason``. A life that failed
     before it began has no ``started``.
     """
