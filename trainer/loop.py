@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
@@ -15,7 +16,7 @@ from trainer.data.batches.collate import Batch
 from trainer.deadline import Deadline, name_ranks
 from trainer.engine import checkpoint
 from trainer.engine.collectives import sum_over_ranks, sum_tensor
-from trainer.engine.committed import Checkpoint, find_newest
+from trainer.engine.committed import Checkpoint, describe_layout, find_newest
 from trainer.engine.engine import Engine
 from trainer.environment import name_device
 from trainer.metrics.bag import MetricBag
@@ -129,13 +130,24 @@ def stop_request(context: Context) -> StopRequest:
 def resume(
     stage: TrainStage, context: Context, last: Checkpoint, stop: StopRequest, sinks: Sinks
 ) -> None:
-    """Load a checkpoint into the stage that has been set up."""
+    """Load a checkpoint into the stage that has been set up; record what that took."""
+    start = time.monotonic()
     with stage.meters.pause():
-        checkpoint.load(stage.policy, last)
+        num_bytes = checkpoint.load(stage.policy, last)
+        [sum_bytes] = sum_over_ranks([num_bytes])  # waits for the slowest, whose time counts
     stage.guard.num_overflows = last.state["num_overflows"]
     seconds = last.state.get("seconds", {})
     stop.deadline.expect(seconds.get(describe_ranks(stage, context), {}))
-    sinks.event(last.step, "resume", checkpoint=last.path.name)
+    sinks.event(
+        last.step,
+        "resume",
+        checkpoint=last.path.name,
+        of=last.layout,
+        on=describe_layout(context.world_size, context.config.engine.zero_stage),
+        gb_read=round(sum_bytes / 1e9, 3),
+        seconds=round(time.monotonic() - start, 3),
+        life=context.lease.token if context.lease else None,
+    )
 
 
 def evaluate_if_due(

@@ -160,8 +160,11 @@ def _commit(aside: Path, final: Path, manifest: dict[str, Any], lease: Lease | N
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(engine: Engine, checkpoint: Checkpoint) -> None:
+def load(engine: Engine, checkpoint: Checkpoint) -> int:
     """Restore masters, moments, counters and the model's own weights from a checkpoint.
+
+    Returns:
+        The bytes that this rank read.
 
     Raises:
         CheckpointError: when its parameters are not the engine's trainable ones.
@@ -182,6 +185,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     set_adam_step(engine.optimizer, checkpoint.state["adam_step"])
     if engine.precision == "fp16":
         load_scaler_state(engine.optimizer, checkpoint.state["scaler"])
+    return reader.num_bytes
 
 
 def _compare_names(trainable: dict[str, Any], saved: dict[str, Any], path: Path) -> None:

@@ -19,6 +19,7 @@ LIFE_COLUMNS = (
     "launcher",
     "ranks",
     "steps",
+    "resumed",
     "lasted",
     "ended",
     "changes",
@@ -60,9 +61,23 @@ def planned_gpu_hours(facts: RunFacts) -> float | None:
     return figure(plan, "gpu_hours") if isinstance(plan, dict) else None
 
 
-def tabulate_lives(records: Sequence[Mapping[str, Any]], lives: Sequence[Life]) -> list[list[Any]]:
-    """Return a row of ``LIFE_COLUMNS`` for each life: its lines and what follows from them."""
-    return [_life_row(record, life) for record, life in zip(records, lives, strict=True)]
+def tabulate_lives(
+    records: Sequence[Mapping[str, Any]],
+    lives: Sequence[Life],
+    events: Sequence[Mapping[str, Any]] = (),
+) -> list[list[Any]]:
+    """Return a row of ``LIFE_COLUMNS`` for each life: its lines and what follows from them.
+
+    Args:
+        records: lines of the lives.
+        lives: made of them.
+        events: of the run's journal, which know what each resume took.
+    """
+    resumes = {event.get("life"): event for event in events if event.get("event") == "resume"}
+    return [
+        _life_row(record, life, resumes.get(record.get("token"), {}))
+        for record, life in zip(records, lives, strict=True)
+    ]
 
 
 def wandb_lines(run_dir: Path) -> list[str]:
@@ -81,7 +96,14 @@ def _planned(facts: RunFacts) -> str:
     return "" if planned is None else f" of {planned:,.2f} planned"
 
 
-def _life_row(record: Mapping[str, Any], life: Life) -> list[Any]:
+def describe_resume(event: Mapping[str, Any]) -> str | None:
+    """Return from what, on what and how long a life took to resume; None where nobody noted it."""
+    if "seconds" not in event:
+        return None
+    return "{of} on {on}: {gb_read} GB in {seconds} s".format_map(event)
+
+
+def _life_row(record: Mapping[str, Any], life: Life, resume: Mapping[str, Any]) -> list[Any]:
     seconds = life.seconds(None)
     steps = [str(step) for step in (record.get("first_step"), life.step) if step is not None]
     changes = record.get("changes")
@@ -97,6 +119,7 @@ def _life_row(record: Mapping[str, Any], life: Life) -> list[Any]:
         life.launcher or None,
         life.world_size,
         " → ".join(steps) or None,
+        describe_resume(resume) if life.started is not None else None,
         None if seconds is None else show_duration(seconds),
         life.why or None,
         "; ".join(words) or None,

@@ -60,6 +60,23 @@ def test_lives(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_what_a_resume_took_stands_with_its_life(tmp_path: Path) -> None:
+    run = run_of_two_lives(tmp_path)
+    took = {
+        "time": NOW,
+        "of": "2 ranks, ZeRO-3",
+        "on": "4 ranks, ZeRO-2",
+        "gb_read": 1.2,
+        "seconds": 3.1,
+    }
+    run.write("metrics.jsonl", {"split": "event", "step": 9, "event": "resume", "life": 2, **took})
+    loaded = load_run(run.path)
+    rows = tabulate_lives(loaded.lives, read_run(run.path, NOW).lives, loaded.events)
+    cells = [dict(zip(LIFE_COLUMNS, row, strict=True))["resumed"] for row in rows]
+    assert cells == [None, "2 ranks, ZeRO-3 on 4 ranks, ZeRO-2: 1.2 GB in 3.1 s"]
+    assert "1.2 GB in 3.1 s" in render_report(loaded)
+
+
 def test_offline_runs_of_wandb_that_were_not_sent(tmp_path: Path) -> None:
     run = run_of_two_lives(tmp_path)
     for name, files in (("1", ["run-1.wandb"]), ("2", ["run-2.wandb", "run-2.wandb.synced"])):
