@@ -53,6 +53,10 @@ class TrainStage(Stage):
         """Return the loss SUMMED over the batch's targets."""
         raise NotImplementedError
 
+    def seed(self, batch: Batch) -> None:
+        """Set the random numbers of a micro-batch, by its rows alone."""
+        raise NotImplementedError
+
     def num_targets(self, batch: Batch) -> float:
         """Return what the summed loss is to be divided by."""
         raise NotImplementedError
@@ -79,6 +83,7 @@ class TrainStage(Stage):
         own = sum(map(self.num_targets, window)), sum(batch.num_tokens for batch in window)
         count, num_tokens = sum_over_ranks(own)
         for batch in window:
+            self.seed(batch)
             loss = self.loss(batch)
             self.policy.backward(loss / (count or 1.0))
             self.policy.step(self.lr(step))

@@ -195,11 +195,16 @@ class StoreStage(TrainStage):
             self.bag.add_ratio("padding_share", size - num_tokens, size)
             yield batch
 
+    def seed(self, batch: Batch) -> None:
+        """Set the random numbers of a micro-batch, by its rows alone.
+
+        A micro-batch holds the same rows on any number of ranks, so dropout hangs neither on that
+        nor on a generator's state in a checkpoint; only on ``loop.micro_batch_size``.
+        """
+        torch.manual_seed(derive_seed(self.config.loop.seed, *batch.sample_ids.tolist()))
+
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
-        """Do one optimizer step on its own random numbers; return its tokens."""
-        # A function of (seed, rank, step): dropout needs no generator state in a checkpoint.
-        key = f"{self.config.loop.seed}/{self.context.rank}/{step}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
+        """Do one optimizer step; return its tokens."""
         num_tokens = super().train_step(step, batches)
         self._tokens += num_tokens
         return num_tokens
@@ -251,6 +256,12 @@ class StoreStage(TrainStage):
             rank=self.context.rank,
             world_size=self.context.world_size,
         )
+
+
+def derive_seed(*key: int) -> int:
+    """Return the seed of a generator that belongs to ``key``."""
+    text = "/".join(map(str, key)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
 
 def pad_where_packing_leaks(config: RunConfig) -> tuple[RunConfig, list[str]]:

@@ -16,6 +16,7 @@ from trainer.models.noise import EmbeddingNoise
 from trainer.next_token import NextTokenStage
 from trainer.sample_answers import choose_questions, write_answers
 from trainer.stage import Context
+from trainer.store_stage import derive_seed
 
 LOW_ADAPTER_LR = 5e-5  # QLoRA took 2e-4 for models of 7 and 13 billion (arXiv:2305.14314)
 
@@ -72,7 +73,9 @@ class Sft(NextTokenStage):
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of the answers, each token's times its weight."""
         if self._noise is not None:
-            self._noise.set_lengths(batch.piece_lengths, batch.input_ids.shape[1])
+            rows = batch.sample_ids.tolist()
+            seeds = [derive_seed(self.config.loop.seed, row) for row in rows]
+            self._noise.set_rows(batch.piece_lengths, batch.input_ids.shape[1], seeds)
         return super().loss(batch)
 
     def write_samples(self, sinks: Sinks, step: int) -> None:
