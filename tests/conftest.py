@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from build_ops import keep_ops_in_venv
 
-pytest_plugins = ["training_fixtures", "chat_fixtures"]
+pytest_plugins = ["training_fixtures", "chat_fixtures", "cluster_fixtures", "fault_record"]
 
 # What a cluster's or a user's shell may hold and a test must not inherit: a rank's place, where
 # torch and DeepSpeed listen, accounts that runs would be sent to.

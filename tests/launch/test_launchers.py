@@ -118,6 +118,7 @@ def test_slurm_tasks(tmp_path: Path) -> None:
     check_ranks(run_dir, "slurm")
 
 
+@pytest.mark.faults(row=20)
 def test_ranks_with_different_configs_and_folders_refuse_to_go_on(tmp_path: Path) -> None:
     one = [*RUN, *words(tmp_path / "a")]
     other = [*RUN, *words(tmp_path / "b", "loop.seed=7")]
@@ -129,6 +130,7 @@ def test_ranks_with_different_configs_and_folders_refuse_to_go_on(tmp_path: Path
         assert "in code" not in output and "is here" not in output
 
 
+@pytest.mark.faults(row=20)
 @pytest.mark.slow
 def test_ranks_with_different_code_refuse_to_go_on(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshot"

@@ -42,6 +42,7 @@ def test_the_profiles_interface_is_used_where_it_is(
     assert "cluster.site.interface=ib7 is not on this node, which has ib0, lo" in caplog.text
 
 
+@pytest.mark.faults(row=23)
 def test_caches_are_the_jobs_own_on_the_nodes_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISK", "/nvme")
     found = cache_variables(cluster(local_scratch="$DISK/tmp"), {"SLURM_JOB_ID": "17"})

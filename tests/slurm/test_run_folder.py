@@ -30,6 +30,7 @@ def start_by_hand(cluster: Cluster, run_dir: Path, num_nodes: int) -> str:
     )  # fmt: skip
 
 
+@pytest.mark.faults(row=21)
 def test_a_folder_is_one_jobs_and_the_next_may_have_fewer_nodes(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def commit(folder: Path, lease: Lease, content: str) -> None:
     checkpoint._commit(aside, final, {"step": 4, "by": content}, lease)
 
 
+@pytest.mark.faults(row=13)
 def test_a_checkpoint_is_committed_by_the_newest_life_only(
     tmp_path: Path, leases: tuple[Lease, Lease]
 ) -> None:
@@ -42,6 +43,7 @@ def test_a_checkpoint_is_committed_by_the_newest_life_only(
     assert not list(folder.glob(".step_4.old"))
 
 
+@pytest.mark.faults(row=13)
 def test_a_save_of_an_older_life_ends_as_what_it_is_and_cleans_up(
     tmp_path: Path, leases: tuple[Lease, Lease]
 ) -> None:
@@ -58,6 +60,7 @@ def fill_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.faults(row=13)
 def test_the_journal_is_appended_to_by_the_newest_life_only(
     tmp_path: Path, leases: tuple[Lease, Lease]
 ) -> None:

@@ -45,6 +45,7 @@ def test_staleness(tmp_path: Path) -> None:
     assert not ops.is_stale(tmp_path)
 
 
+@pytest.mark.faults(row=23)
 def test_dead_lock_is_removed_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

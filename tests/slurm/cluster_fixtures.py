@@ -1,4 +1,4 @@
-"""The cluster that the tests of this folder share."""
+"""The cluster that all tests of a process share, and runs on it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_cluster_idle(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Cancel what a test left, so that the next one finds all nodes."""
-    yield
-    if "cluster" in request.fixturenames:
-        cluster: Cluster = request.getfixturevalue("cluster")
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if cluster is not None:
         cluster.empty()
+    return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -49,6 +49,7 @@ def limit_time(cluster: Cluster, job: str, minutes_left: int) -> None:
     cluster.call("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
 
 
+@pytest.mark.faults(row=6)
 def test_the_time_limit_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_the_time_limit_is_survived(
     check_like(unbroken, run_dir)
 
 
+@pytest.mark.faults(row=6)
 def test_preemption_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_cancelled_run_saves_and_can_be_submitted_again(
     check_like(unbroken, run_dir)
 
 
+@pytest.mark.faults(row=1)
 def test_a_killed_rank_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +115,7 @@ def test_a_killed_rank_is_survived(
     check_like(unbroken, run_dir)
 
 
+@pytest.mark.faults(row=18)
 def test_a_crash_loop_ends(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     values = runs.values(run_dir, max_lives_without_progress=2)
@@ -122,6 +126,7 @@ def test_a_crash_loop_ends(runs: Runs, cluster: Cluster, tmp_path: Path) -> None
     assert "committed no checkpoint" in Path(shown["StdOut"]).read_text()
 
 
+@pytest.mark.faults(row=18)
 def test_what_a_retry_would_repeat_is_not_retried(
     runs: Runs, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -132,6 +137,8 @@ def test_what_a_retry_would_repeat_is_not_retried(
     assert reasons(run_dir) == [(0, 76, "give up")]
 
 
+@pytest.mark.faults(row=11)
+@pytest.mark.faults(row=13)
 def test_a_lost_node_is_replaced_and_its_ranks_cannot_write_any_more(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
