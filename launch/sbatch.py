@@ -1,4 +1,4 @@
-"""Handing scripts to Slurm."""
+"""Handing scripts to Slurm, and taking jobs back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import ConfigError
@@ -15,6 +16,7 @@ from trainer.errors import ConfigError
 LOG = logging.getLogger(__name__)
 TIMEOUT_S = 60
 _START = re.compile(r"to start at (\S+)")
+_NUMBER = re.compile(r"^(\d+)(;\S+)?$", re.MULTILINE)  # ;NAME where there are several clusters
 
 
 def require_slurm(cluster: str) -> None:
@@ -34,10 +36,11 @@ def estimate_start(script: Path) -> str | None:
     maintenance. Whether it takes a job is found by submitting it.
     """
     try:
-        found = _START.search(_sbatch(["--test-only", str(script)]))
+        done = _sbatch(["--test-only", str(script)])
     except ConfigError as error:
         LOG.info("no estimate of the start: %s", error)
         return None
+    found = _START.search(done.stderr)
     return found[1] if found else None
 
 
@@ -51,13 +54,45 @@ def submit_script(script: Path, *flags: str) -> str:
     Raises:
         ConfigError: Slurm refuses the job, in its words.
     """
-    printed = _sbatch(["--parsable", *flags, str(script)])
-    number = printed.strip().splitlines()[-1].partition(";")[0]  # ;NAME where there are clusters
-    if not number.isdigit():
+    done = _sbatch(["--parsable", *flags, str(script)])
+    # On standard output alone: sites have sbatch say more of a job on the other one.
+    found = _NUMBER.search(done.stdout)
+    if found is None:
+        printed = (done.stdout + done.stderr).strip()
         raise ConfigError(
             f"sbatch printed {printed!r} instead of a job number; see `squeue -u $USER`"
         )
-    return number
+    return found[1]
+
+
+@contextmanager
+def all_or_none() -> Iterator[list[str]]:
+    """Collect numbers of jobs; cancel all of them when the block fails.
+
+    So no job is left that its run's folder does not know of, as when a quota is full by then.
+    """
+    jobs: list[str] = []
+    try:
+        yield jobs
+    except BaseException:
+        if problem := cancel(jobs):
+            LOG.error("%s; they are still in the queue", problem)
+        raise
+
+
+def cancel(jobs: Sequence[str], *flags: str) -> str:
+    """Take jobs out of the queue, or end them; return what went wrong, empty for nothing."""
+    if not jobs:
+        return ""
+    command = ["scancel", *flags, *jobs]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"scancel {' '.join(jobs)} failed: {error}"
+    if not done.returncode:
+        return ""
+    reason = done.stderr.strip() or f"exit code {done.returncode}"
+    return f"scancel {' '.join(jobs)} failed: {reason}"
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -70,17 +105,20 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k == "SLURM_CONF" or not k.startswith(leave_out)}
 
 
-def _sbatch(arguments: Sequence[str]) -> str:
+def _sbatch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     command, environ = ["sbatch", *arguments], clean_environment(os.environ)
     try:
         done = subprocess.run(
             command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"sbatch did not answer for {TIMEOUT_S} s; try again later") from error
+        raise ConfigError(
+            f"sbatch did not answer for {TIMEOUT_S} s; Slurm may have taken the job all the same: "
+            "look at `squeue -u $USER` before you try again"
+        ) from error
     if done.returncode:
         raise ConfigError(f"Slurm refuses the job: {_reason(done.stderr)}")
-    return done.stdout + done.stderr
+    return done
 
 
 def _reason(text: str) -> str:

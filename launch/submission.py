@@ -118,9 +118,10 @@ def submit_draft(checked: Draft) -> tuple[str, str | None]:
         changes = freeze(folder, checked.config)
         script = write_job(checked.job)
         start = sbatch.estimate_start(script)
-        number = sbatch.submit_script(script)
-        _record(checked, number, changes)
-    return number, start
+        with sbatch.all_or_none() as jobs:
+            jobs.append(sbatch.submit_script(script))
+            _record(checked, jobs[0], changes)
+    return jobs[0], start
 
 
 def submit_array(drafts: Sequence[Draft], folder: Path, at_once: int) -> str:
@@ -165,10 +166,11 @@ def submit_array(drafts: Sequence[Draft], folder: Path, at_once: int) -> str:
         script = write_job(job)
         with writing(folder):
             list_file.write_text(runs, encoding="utf-8")
-        number = sbatch.submit_script(script)
-        for index, (each, changed) in enumerate(zip(drafts, changes, strict=True)):
-            _record(each, f"{number}_{index}", changed)
-    return number
+        with sbatch.all_or_none() as jobs:
+            jobs.append(sbatch.submit_script(script))
+            for index, (each, changed) in enumerate(zip(drafts, changes, strict=True)):
+                _record(each, f"{jobs[0]}_{index}", changed)
+    return jobs[0]
 
 
 def submit_command(

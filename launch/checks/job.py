@@ -131,15 +131,18 @@ def wait(number: str, plan: CheckPlan, say: Callable[[str], None]) -> None:
     """Wait until the job ends, or until its ranks have been silent for too long; then end it."""
     folder, told, pause_s = Path(plan.folder), "", POLL_S
     while (state := job_state(number)) in ("PENDING", "CONFIGURING", None):
-        text = f"job {number} is {state}: {ask_squeue(number, '%r')}"
-        if state and text != told:
+        text = "Slurm does not answer; asking on"
+        if state:
+            text = f"job {number} is {state}: {ask_squeue(number, '%r')}"
+        if text != told:
             say(text)
             told = text
         time.sleep(pause_s)
         pause_s = min(LONGEST_POLL_S, 1.5 * pause_s)
     (folder / FIRST_NODE).write_text(ask_squeue(number, "%B") or "", encoding="utf-8")
     wait_for_progress(folder, plan, lambda: job_state(number) not in ("", "COMPLETING"), POLL_S)
-    subprocess.run(["scancel", "--quiet", number], check=False, timeout=60)
+    if problem := sbatch.cancel([number], "--quiet"):
+        say(problem)
 
 
 def wait_for_progress(

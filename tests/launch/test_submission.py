@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import job_folder, run_folder, submission, submit
+from launch import job_folder, run_folder, sbatch, submission, submit
 from launch.compose import compose_config, compose_values
 from launch.job_folder import keep_settled
 from trainer.deadline import name_ranks
@@ -36,8 +36,13 @@ case "$1" in
   --test-only)
     [ -e "$FAKE/drained" ] && echo "allocation failure: not available" >&2 && exit 1
     echo "sbatch: Job 7 to start at 2026-11-20T10:00:00 using 8 processors on nodes n1" >&2 ;;
-  *) echo $((40 + $(grep -c parsable "$FAKE/sbatch.calls"))) ;;
+  *) echo $((40 + $(grep -c parsable "$FAKE/sbatch.calls")))
+    echo "sbatch: MST109001 has 120 hours left" >&2 ;; # a site's plugin has its say
 esac
+"""
+SCANCEL = """#!/bin/sh
+echo "$*" >>"$FAKE/scancel.calls"
+[ ! -e "$FAKE/deaf" ] || { echo "scancel: error: no controller" >&2; exit 1; }
 """
 SQUEUE = """#!/bin/sh
 for word in "$@"; do case $word in --jobs=*) job=${word#--jobs=} ;; esac; done
@@ -47,11 +52,11 @@ exit 0
 
 
 class FakeSlurm:
-    """A folder with ``sbatch`` and ``squeue`` that say what a test wants."""
+    """A folder with commands of Slurm that say what a test wants."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
             (folder / name).write_text(text, encoding="utf-8")
             (folder / name).chmod(0o755)
 
@@ -163,6 +168,40 @@ def test_what_slurm_refuses_is_said_in_its_words(
     with pytest.raises(ConfigError, match=r"Slurm refuses.*QOSMaxSubmitJobPerUserLimit"):
         submission.submit_run(compose(), tmp_path / "run")
     assert job_folder.read_submission(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_no_job_is_left_that_its_folder_does_not_know(
+    slurm: FakeSlurm,
+    compose: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tasks: int,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("disk quota exceeded")
+
+    monkeypatch.setattr(submission, "record", refuse)
+    slurm.say("deaf", "")
+    with pytest.raises(StorageError, match="quota"):
+        if tasks:
+            drafts = [submission.draft(compose(), tmp_path / f"{n}") for n in range(tasks)]
+            submission.submit_array(drafts, tmp_path / "sweep", at_once=1)
+        else:
+            submission.submit_run(compose(), tmp_path / "run")
+    assert slurm.read("scancel.calls") == "41\n"
+    assert "scancel 41 failed: scancel: error: no controller" in caplog.text
+
+
+@pytest.mark.parametrize("answer", ["sleep 5", "echo; echo hello"])
+def test_a_job_that_may_be_in_the_queue_is_looked_for_first(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    (slurm.folder / "sbatch").write_text(f"#!/bin/sh\n{answer}\n", encoding="utf-8")
+    monkeypatch.setattr(sbatch, "TIMEOUT_S", 0.5)
+    with pytest.raises(ConfigError, match=r"squeue -u \$USER"):
+        sbatch.submit_script(tmp_path / "job.sbatch")
 
 
 def test_without_slurm_it_says_what_to_do(

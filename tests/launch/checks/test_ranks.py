@@ -165,15 +165,16 @@ class Slurm:
         self.states, self.cancelled, self.now = list(states), list[str](), 0.0
         monkeypatch.setattr(job, "job_state", lambda number: self.next_state())
         monkeypatch.setattr(job, "ask_squeue", lambda number, column: f"answer {column}")
-        monkeypatch.setattr(job.subprocess, "run", self.run)
+        monkeypatch.setattr(job.sbatch, "cancel", self.cancel)
         monkeypatch.setattr(job.time, "sleep", self.sleep)
         monkeypatch.setattr(job.time, "monotonic", lambda: self.now)
 
     def next_state(self) -> str | None:
         return self.states.pop(0) if len(self.states) > 1 else self.states[0]
 
-    def run(self, command: list[str], **options: object) -> None:
-        self.cancelled.append(command[-1])
+    def cancel(self, jobs: list[str], *flags: str) -> str:
+        self.cancelled += jobs
+        return "scancel 7 failed: no controller"
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -182,7 +183,9 @@ class Slurm:
 def test_a_silent_job_is_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm, said = Slurm(monkeypatch, None, "PENDING", "PENDING", "RUNNING"), list[str]()
     job.wait("7", replace(PLAN, folder=str(tmp_path)), said.append)
-    assert said == ["job 7 is PENDING: answer %r"]  # once
+    # Each once.
+    assert said[:2] == ["Slurm does not answer; asking on", "job 7 is PENDING: answer %r"]
+    assert said[2:] == ["scancel 7 failed: no controller"]
     assert (tmp_path / "first_node").read_text() == "answer %B"
     assert slurm.cancelled == ["7"]
     assert PLAN.wait_s + job.MEASURING_S <= slurm.now < 2 * (PLAN.wait_s + job.MEASURING_S)
