@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch import sbatch
 from launch.monitor.queue import Job, Queue
 from launch.monitor.sources import Source, find_sources, is_run, job_ids
 from launch.monitor.state import judge
+from launch.slurm_queue import LIVING, job_state
 from trainer.errors import ConfigError, StorageError
 from trainer.metrics.console import show_duration
 from trainer.metrics.run_facts import STOP_NAME, RunFacts, figure
 from trainer.stages import SINGLE_PROCESS
-
-TIMEOUT_S = 30.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,13 +43,20 @@ def main(argv: Sequence[str]) -> int:
 
 def stop(source: Source, jobs: Mapping[str, Job] | None) -> str:
     """Stop a run, or a step of a pipeline, and return what that means."""
-    cancelled = cancel_waiting(_numbers(source), jobs)
-    facts = source.facts
-    if facts is None:
-        return cancelled or "nothing runs"
-    state = judge(facts, jobs)
-    if not state.is_alive:
-        return cancelled or f"{state.word}: nothing runs"
+    facts, numbers = source.facts, _numbers(source)
+    waited = cancel_waiting(numbers, jobs)
+    started = [number for number in waited if job_state(number) in LIVING]
+    if started and facts is None:
+        return f"job {', '.join(started)} has begun just now; end it with scancel"
+    if waited and not started:
+        return f"job {', '.join(waited)} waited and is cancelled; nothing was running"
+    state = judge(facts, jobs) if facts else None
+    if facts is None or state is None or not (state.is_alive or started):
+        word = f"{state.word}: " if state else ""
+        is_done = source.is_complete or (facts is not None and facts.is_finished)
+        if jobs is None and numbers and not is_done:
+            return f"{word}whether job {numbers[-1]} waits is unknown; try again"
+        return f"{word}nothing runs"
     if facts.stage in SINGLE_PROCESS:
         last = facts.lives[-1] if facts.lives else None
         how = f"scancel {last.job}" if last and last.job else "Ctrl-C where it runs"
@@ -81,26 +87,21 @@ def request_stop(facts: RunFacts) -> str:
     )
 
 
-def cancel_waiting(
-    numbers: Sequence[str],
-    jobs: Mapping[str, Job] | None,
-    call: Callable[[Sequence[str]], str] | None = None,
-) -> str:
-    """Cancel those of the jobs that wait; return what was done, empty for nothing.
+def cancel_waiting(numbers: Sequence[str], jobs: Mapping[str, Job] | None) -> list[str]:
+    """Cancel those of the jobs that wait, and return them; one may have begun by then.
 
     Args:
         numbers: of a run's jobs.
         jobs: what Slurm says.
-        call: runs a command and returns what it complains of.
+
+    Raises:
+        ConfigError: when Slurm refuses.
     """
     waiting = [number for number in numbers if jobs and number in jobs and jobs[number].is_pending]
-    if not waiting:
-        return ""
     # Only while it waits: one that starts this moment saves first.
-    problem = (call or _call)(["scancel", "--state=PENDING", *waiting])
-    if problem:
-        raise ConfigError(f"scancel {' '.join(waiting)} failed: {problem}")
-    return f"job {', '.join(waiting)} waited and is cancelled; nothing was running"
+    if problem := sbatch.cancel(waiting, "--state=PENDING"):
+        raise ConfigError(problem)
+    return list(dict.fromkeys(waiting))
 
 
 def _sources(folder: Path) -> list[Source]:
@@ -116,12 +117,3 @@ def _sources(folder: Path) -> list[Source]:
 def _numbers(source: Source) -> list[str]:
     own = [source.step.job] if source.step and source.step.job else []
     return own + (source.facts.job_ids if source.facts else [])
-
-
-def _call(command: Sequence[str]) -> str:
-    """Run a command; return its complaint, empty when it has none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""

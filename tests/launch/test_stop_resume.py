@@ -68,6 +68,28 @@ def test_stop_of_a_waiting_job_cancels_it(
     assert not (run.path / "stop").exists()
 
 
+def test_stop_of_a_job_that_begins_meanwhile(
+    run: RunFolder, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = f'case "$*" in *--jobs=7*) echo 7 RUNNING ;; *) echo "{PENDING}" ;; esac'
+    fake_commands(slurm, scancel="")
+    (slurm / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (slurm / "squeue").chmod(0o755)
+    assert stop.main([str(run.path)]) == 0
+    assert (run.path / "stop").exists()
+    assert "all ranks save" in capsys.readouterr().out
+
+
+def test_stop_does_not_say_that_nothing_waits_where_nobody_knows(
+    run: RunFolder, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.end(60, 75, reason="time limit", decision="requeue")
+    fake_commands(slurm, squeue="")
+    (slurm / "squeue").write_text("#!/bin/sh\necho 'no controller' >&2\nexit 1\n")
+    assert stop.main([str(run.path)]) == 0
+    assert "requeued: whether job 7 waits is unknown; try again" in capsys.readouterr().out
+
+
 def test_stop_where_nothing_runs_changes_nothing(
     run: RunFolder, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
