@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
+from launch import sbatch
 from launch.graph import lineage, progress
 from launch.graph.check import Values, check_sources, compose_runs
 from launch.graph.definition import Pipeline, Step, read_pipeline
@@ -19,6 +18,7 @@ from trainer.lives import utc_now
 
 ANY_PARENT = ("1",)  # while drafting: the run has parents whose models nobody can read yet
 ALIVE = ("submitted", "running")
+FLAGS = ("--dry-run", "--force")
 
 
 def main(words: Sequence[str]) -> int:
@@ -26,18 +26,19 @@ def main(words: Sequence[str]) -> int:
 
     Args:
         words: as of ``launch.pipeline.main``, with ``cluster=NAME``; with ``--dry-run`` everything
-            is checked and shown, nothing submitted or written.
+            is checked and shown, nothing submitted or written; with ``--force`` a run is submitted
+            although its plan says that it cannot be.
 
     Raises:
         ConfigError: whatever can be known to be wrong before the first job.
     """
-    pipeline = read_pipeline([word for word in words if word != "--dry-run"], absolute=True)
+    pipeline = read_pipeline([word for word in words if word not in FLAGS], absolute=True)
     composed = compose_runs(pipeline)
     progress.refuse_changes(pipeline, composed)
     check_sources(pipeline, composed)
     states = read_states(pipeline.folder) if read_state(pipeline.folder) else {}
     todo = _to_submit(pipeline, states)
-    drafts = _drafts(pipeline, composed, todo)
+    drafts = _drafts(pipeline, composed, todo, must_fit="--force" not in words)
     if "--dry-run" in words:
         _foresee(pipeline, todo, drafts)
         return 0
@@ -46,7 +47,7 @@ def main(words: Sequence[str]) -> int:
     for name, state in states.items():
         if name in table.steps and name not in todo:
             table = table.changed(name, state=state.state, job=state.job)
-    with _all_or_none() as submitted:
+    with sbatch.all_or_none() as submitted:
         for name in todo:
             _drop(states.get(name))
             job = _submit(pipeline, pipeline.steps[name], composed, drafts, table)
@@ -75,7 +76,7 @@ def _to_submit(pipeline: Pipeline, states: Mapping[str, StepState]) -> list[str]
 
 
 def _drafts(
-    pipeline: Pipeline, composed: Mapping[str, Values], todo: Sequence[str]
+    pipeline: Pipeline, composed: Mapping[str, Values], todo: Sequence[str], must_fit: bool
 ) -> dict[str, Draft]:
     """Check every run that is to be submitted, before the first of them is.
 
@@ -88,7 +89,8 @@ def _drafts(
         if step.kind != "run":
             continue
         try:
-            drafts[name] = draft(composed[name], step.folder, ANY_PARENT if step.parents else ())
+            parents = ANY_PARENT if step.parents else ()
+            drafts[name] = draft(composed[name], step.folder, parents, must_fit)
         except ConfigError as error:
             problems += [f"step {name}: {line}" for line in str(error).splitlines()]
     if problems:
@@ -139,25 +141,15 @@ def _foresee(pipeline: Pipeline, todo: Sequence[str], drafts: Mapping[str, Draft
 
 
 def _drop(state: StepState | None) -> None:
-    """Take a job that can never start, since its parent failed, out of the queue."""
-    if state is not None and state.job is not None and job_state(state.job):
-        _cancel([state.job])
+    """Take a job that can never start, since its parent failed, out of the queue.
 
-
-@contextmanager
-def _all_or_none() -> Iterator[list[str]]:
-    """Collect job numbers; cancel them all when one of the graph could not be submitted."""
-    jobs: list[str] = []
-    try:
-        yield jobs
-    except BaseException:
-        _cancel(jobs)
-        raise
-
-
-def _cancel(jobs: Sequence[str]) -> None:
-    if jobs:
-        subprocess.run(["scancel", *jobs], check=False, timeout=60)
+    Raises:
+        ConfigError: it stays there, and would be a second job of its step.
+    """
+    if state is None or state.job is None or not job_state(state.job):
+        return
+    if problem := sbatch.cancel([state.job]):
+        raise ConfigError(f"{problem}; try again when Slurm answers")
 
 
 def _show(pipeline: Pipeline, table: PipelineState) -> None:

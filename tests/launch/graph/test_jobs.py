@@ -186,6 +186,26 @@ def test_a_graph_is_submitted_whole_or_not_at_all(
     assert (slurm / "cancelled").read_text().split() == ["1", "2", "3"]
 
 
+def test_a_job_that_cannot_be_cancelled_is_not_made_twice(
+    words: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    jobs.main(words)
+    finish_letters(tmp_path / "out")
+    (slurm / "alive").write_text("3\n4\n5\n6\n")  # job 2 has failed
+    (slurm / "scancel").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    with pytest.raises(ConfigError, match="scancel 3 failed: no controller"):
+        jobs.main(words)
+
+
+def test_a_run_that_does_not_fit_needs_force(words: list[str], slurm: Path) -> None:
+    words += ["cluster=taiwania2", "cluster.account=MST109001", "cluster.max_lives=1", "--dry-run"]
+    words += ["base.loop.max_steps=10000000000", "+base.model.architecture.vocab_size=512"]
+    with pytest.raises(ConfigError, match=r"step base: takes \d+ jobs .*--force submits"):
+        jobs.main(words)
+    assert jobs.main([*words, "--force"]) == 0
+    assert scripts(slurm) == []
+
+
 def test_nothing_is_submitted_where_one_run_does_not_fit(words: list[str], slurm: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         jobs.main([*words, "judge.name=c d", "tuned.name=a b"])
