@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import time
@@ -22,7 +23,9 @@ def ask_squeue(job: str, column: str) -> str | None:
     """
     command = ["squeue", "--noheader", f"--jobs={job}", f"--format=%A {column}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            command, env=plain_environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         LOG.warning("`%s` failed: %s", " ".join(command), error)
         return None
@@ -32,6 +35,11 @@ def ask_squeue(job: str, column: str) -> str | None:
         return ""
     LOG.warning("`%s` failed: %s", " ".join(command), done.stderr.strip())
     return None
+
+
+def plain_environment() -> dict[str, str]:
+    """Return the environment without variables such as ``SQUEUE_STATES``, which hide jobs."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
 
 
 def _own_line(job: str, text: str) -> str:

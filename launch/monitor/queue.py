@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import getpass
-import os
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from launch.slurm_queue import plain_environment
 from trainer.metrics.life import read_time
 
 EVERY_S = 60.0  # NCHC forbids `watch squeue`: the controller serves everybody
@@ -91,7 +91,7 @@ class Queue:
 def call_squeue() -> str:
     """Return the lines of all of the user's jobs that Slurm still knows, ended ones too."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}"]
-    environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+    environ = {**plain_environment(), "SLURM_TIME_FORMAT": "%s"}
     return subprocess.run(
         [*command, "--format=" + "|".join(FIELDS)],
         env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.monitor.queue import call_squeue, parse_jobs
 from launch.slurm_queue import array_task, job_state, job_time_limit, parse_time_left, time_left_s
 
 
@@ -68,6 +69,15 @@ def test_the_number_of_an_array_is_also_that_of_its_last_task(
     body = f'case "$*" in *jobs=17_2*) echo 18 PENDING;; *) {tasks};; esac'
     fake_squeue(tmp_path, monkeypatch, body)
     assert job_state(job) == state
+
+
+def test_a_users_filters_hide_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    line = "17|17|PENDING|N/A|N/A|Priority|"
+    body = '[ -z "$SQUEUE_STATES" ] || exit 0; case "$*" in *jobs*) echo 17 PENDING ;;'
+    fake_squeue(tmp_path, monkeypatch, f"{body} *) echo '{line}' ;; esac")
+    assert job_state("17") == "PENDING"
+    assert [job.number for job in parse_jobs(call_squeue()).values()] == ["17"]
 
 
 def test_a_task_of_an_array_is_named_alone() -> None:
