@@ -20,6 +20,7 @@ from trainer.errors import ConfigError
 
 RANK_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PARENT_KEY = "KUROSHIO_PARENT_PID"  # set for the ranks that `kuroshio run` starts itself
+MEETING_BYTES = 512  # a host name has 255 at most
 MPI_KEYS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 
 
@@ -221,14 +222,17 @@ def ask_mpi(environ: Mapping[str, str]) -> Rendezvous:
     """Return this process's place in MPI's world; rank 0 announces address and port."""
     communicator = _mpi_communicator()
     node = communicator.Split_type(_mpi().COMM_TYPE_SHARED)
-    meeting = None
+    meeting = bytearray(MEETING_BYTES)
     if communicator.rank == 0:
         one_node = node.size == communicator.size
         address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else socket.getfqdn())
-        meeting = (address, int(environ.get("MASTER_PORT") or free_port()))
-    address, port = communicator.bcast(meeting, root=0)
+        told = f"{address} {environ.get('MASTER_PORT') or free_port()}".encode()
+        meeting[: len(told)] = told
+    communicator.Bcast(meeting, root=0)  # bytes: bcast would send a pickle
+    address, _, port = meeting.rstrip(b"\0").decode().rpartition(" ")
+    place = (communicator.rank, communicator.size, node.rank, node.size)
     return _checked(
-        Rendezvous(communicator.rank, communicator.size, node.rank, node.size, address, port, "mpi")
+        Rendezvous(*place, address, _number({"MASTER_PORT": port}, "MASTER_PORT"), "mpi")
     )
 
 

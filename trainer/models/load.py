@@ -26,8 +26,9 @@ from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.models.architecture import read_architecture
 from trainer.models.filling import Fill, Made, Trimming, fill_plain, return_freed_memory
+from trainer.models.pickled import only_tensors
 from trainer.models.quantize import Quantization, quantize_layers
-from trainer.models.remote_code import runs_own_code
+from trainer.models.remote_code import refuse_fetched_kernels, runs_own_code
 
 LOG = logging.getLogger(__name__)
 LANGUAGE = AutoModelForCausalLM
@@ -54,6 +55,7 @@ def make_config(
         ConfigError: no such model, already quantised, or with code that was not allowed.
     """
     architecture = read_architecture(model)
+    refuse_fetched_kernels(architecture, f"model.path={model.path}")
     if model.path is not None:
         if "quantization_config" in architecture:
             raise ConfigError(
@@ -193,13 +195,14 @@ def _from_folder(
     made: Mapping[str, Made],
     fill: Fill,
 ) -> PreTrainedModel:
-    loaded: PreTrainedModel = auto.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=_brings_code(config),
-    )
+    with only_tensors(Path(path)):
+        loaded: PreTrainedModel = auto.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=_brings_code(config),
+        )
     for name, value in made.items():
         fill(loaded.get_parameter(name), value.make)
     return loaded

@@ -12,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 
+IMPLEMENTATION = "_implementation"  # ends the keys that choose attention and experts
+
 
 def runs_own_code(model: ModelConfig, architecture: Mapping[str, Any]) -> bool:
     """Return whether the model's own code is to be run, which the run must have allowed.
@@ -48,6 +50,24 @@ def runs_own_code(model: ModelConfig, architecture: Mapping[str, Any]) -> bool:
             "give that revision"
         )
     return True
+
+
+def refuse_fetched_kernels(architecture: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that names kernels of a repository, ``attn_implementation: org/name``.
+
+    transformers fetches such compiled code and runs it, whatever is said of remote code.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, value in architecture.items():
+        if isinstance(value, Mapping) and not key.endswith(IMPLEMENTATION):
+            refuse_fetched_kernels(value, f"{where}: {key}")
+        elif key.endswith(IMPLEMENTATION) and "/" in str(value):
+            raise ConfigError(
+                f"{where}: {key}={value!r} names compiled code in a repository, which would be "
+                f"fetched and run; remove {key} from config.json: attention is chosen here"
+            )
 
 
 def code_pin(folder: Path) -> str:

@@ -82,7 +82,9 @@ class Judge:
                     f"{where}.normalize=true needs reward_mean and reward_std above 0 in "
                     f"{reward.path}/config.json, which an export of stage reward writes; use false"
                 )
-        config = AutoConfig.from_pretrained(reward.path)
+        config = AutoConfig.from_pretrained(
+            reward.path, local_files_only=True, trust_remote_code=False
+        )
         return cls(
             reward,
             own if reward.through_text else None,

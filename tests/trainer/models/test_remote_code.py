@@ -100,3 +100,26 @@ def test_quantised_folder_is_refused(strange: Path) -> None:
     rewrite(strange, model_type="llama", quantization_config={"quant_method": "gptq"})
     with pytest.raises(ConfigError, match=r"already quantised \(gptq\)"):
         make_config(ModelConfig("m", str(strange)), 32, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": {"text_config": "someone/kernel@main:fast"}},
+        {"text_config": {"attn_implementation": "someone/kernel"}},
+        {"experts_implementation": "someone/kernel"},
+    ],
+)
+def test_kernels_of_a_repository_are_not_fetched(strange: Path, changes: dict[str, object]) -> None:
+    rewrite(strange, model_type="llama", **changes)
+    with pytest.raises(ConfigError, match=r"names compiled code in a repository"):
+        make_config(ModelConfig("m", str(strange)), 32, {})
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "0123abc", "0" * 40, "0" * 64])
+def test_only_the_hash_of_the_code_allows_it(strange: Path, revision: str | None) -> None:
+    """A branch, a tag, a short hash or another commit allow nothing."""
+    named = ModelConfig("m", str(strange), trust_remote_code=True, revision=revision)
+    with pytest.raises(ConfigError, match=f"model.revision={revision} is not the code"):
+        make_config(named, 32, {})
