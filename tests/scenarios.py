@@ -3,7 +3,8 @@
 ``python scenarios.py FILE``: FILE holds a JSON list of {"config": …, "explode": bool, "kill_at":
 step}. ``explode`` feeds every packed row as padded rows of its pieces; ``kill_at`` ends this very
 process with SIGKILL in the middle of that step on the last rank, ``kill_in`` says in which function
-of PPO; ``rollout`` answers prompts before every step.
+of PPO; ``rollout`` answers prompts before every step; ``read`` names a file to which each rank
+appends what it reads: step, rank, and number, source and checksum of every row.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import logging
 import os
 import signal
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from launch.__main__ import leave
@@ -71,7 +74,26 @@ class Twisted(StoreStage):
 
     def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
         batches = super().batches(state)
+        if "read" in self.twist:
+            batches = map(self.note, batches)
         return map(explode, batches) if self.twist.get("explode") else batches
+
+    def note(self, batch: Any) -> Any:
+        """Write down which rows a batch holds, and of PPO which prompts a step answers."""
+        if isinstance(batch, Batch):
+            rows = [
+                [int(number), int(source), zlib.crc32(np.array(ids[: sum(lengths)]).tobytes())]
+                for number, source, ids, lengths in zip(
+                    batch.sample_ids, batch.source_ids, batch.input_ids, batch.piece_lengths,
+                    strict=True,
+                )
+            ]  # fmt: skip
+        else:
+            rows = [[0, 0, zlib.crc32(np.array(prompt.ids).tobytes())] for prompt in batch]
+        line = json.dumps({"step": self._step, "rank": self.context.rank, "rows": rows})
+        with Path(self.twist["read"]).open("a") as file:
+            file.write(line + "\n")
+        return batch
 
     def loss(self, batch: Batch) -> torch.Tensor:
         last = self.context.rank == self.context.world_size - 1

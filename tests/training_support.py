@@ -45,6 +45,32 @@ def run_scenarios(
     return subprocess.CompletedProcess(command, code, output, "")
 
 
+def run_chains(chains: list[list[dict[str, Any]]], folder: Path, timeout_s: int = 400) -> list[str]:
+    """Run lives of runs, chains of which may go on at once (see ``forked_ranks.py``).
+
+    Returns:
+        What went otherwise than it was to, with the ranks' logs; empty if nothing did.
+    """
+    folder = folder / f"chains_{len(list(folder.glob('chains_*')))}"
+    folder.mkdir(parents=True)
+    path = folder / "chains.json"
+    path.write_text(json.dumps(chains))
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    command = [sys.executable, str(ROOT / "tests/forked_ranks.py"), str(path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode:
+        return [done.stdout + done.stderr]
+    problems = []
+    for number, codes in enumerate(json.loads(path.with_suffix(".codes").read_text())):
+        wanted = [life["code"] for life in chains[number]]
+        if codes != wanted:
+            logs = sorted(folder.glob(f"chain_{number}_life_{len(codes) - 1}.*.log"))
+            texts = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+            problems.append(f"chain {number}: ended with {codes} instead of {wanted}\n{texts}")
+    return problems
+
+
 def end_together(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> int:
     """Wait for all ranks; return 0, or the code of one that failed.
 
