@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import run_folder
+from launch.json_file import read_json, write_json
 from launch.slurm import SlurmJob, render
 from launch.slurm_queue import job_state
 from launch.snapshot import copy_code
@@ -19,10 +20,9 @@ from trainer.config import RunConfig, load_config
 from trainer.deadline import name_ranks
 from trainer.errors import ConfigError
 from trainer.lease import read_holder
-from trainer.lives import CHECKPOINTS_NAME, read_lives, slurm_life, utc_now
-from trainer.metrics.run_facts import STOP_NAME
+from trainer.lives import CHECKPOINTS_NAME, newest_step, read_lives, slurm_life, utc_now
+from trainer.metrics.run_facts import STOP_NAME, SUBMISSION_NAME
 
-SUBMISSION = "submit.json"
 SCRIPT = "job.sbatch"
 LOGS = "logs"
 
@@ -58,13 +58,19 @@ def freeze(run_dir: Path, config: RunConfig) -> dict[str, list[Any]]:
     """Freeze the config in the run's folder, or find there the same one; return what changed.
 
     Ranks replace some values by what the data say (``loop.max_steps`` of epochs): whatever is asked
-    for as at the last submission keeps the value that it got then.
+    for as at the last submission keeps the value that it got then. Where no life has begun, as when
+    Slurm refused the job or the ranks the config, there is nothing that another config would spoil.
 
     Raises:
         ConfigError: the folder belongs to a run of another config.
     """
-    before, path = read_submission(run_dir).get("asked"), run_dir / run_folder.CONFIG_FILE
-    if before is not None and path.exists() and any("started" in n for n in read_lives(run_dir)):
+    path = run_dir / run_folder.CONFIG_FILE
+    if newest_step(run_dir) == 0 and not any("started" in life for life in read_lives(run_dir)):
+        with run_folder.writing(run_dir):
+            path.unlink(missing_ok=True)
+        return run_folder.claim(run_dir, config)
+    before = read_submission(run_dir).get("asked")
+    if before is not None and path.exists():
         now = run_folder.plain(config)
         settled = load_config(keep_settled(before, now, run_folder.read(path)))
         return run_folder.claim(run_dir, settled)
@@ -104,12 +110,12 @@ def write_job(job: SlurmJob) -> Path:
 
 
 def read_submission(run_dir: Path) -> dict[str, Any]:
-    """Return what was recorded of a run's submissions; empty when it never was submitted."""
-    path = run_dir / SUBMISSION
-    if not path.exists():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """Return what was recorded of a run's submissions; empty when it never was submitted.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    return read_json(run_dir / SUBMISSION_NAME) or {}
 
 
 def record(
@@ -131,11 +137,16 @@ def record(
         "plan": plan,
         "asked": run_folder.plain(config),
     }
-    path = run_dir / SUBMISSION
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with run_folder.writing(run_dir):
-        temporary.write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_json(run_dir / SUBMISSION_NAME, facts)
+
+
+def record_again(run_dir: Path, number: str) -> None:
+    """Note one more job in ``submit.json``, of a script that was submitted again."""
+    known = read_submission(run_dir)
+    with run_folder.writing(run_dir):
+        jobs = [*known.get("job_ids", []), number]
+        write_json(run_dir / SUBMISSION_NAME, {**known, "job_ids": jobs})
 
 
 def measured_seconds(run_dir: Path, num_ranks: int) -> dict[str, float]:

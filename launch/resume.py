@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -11,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import ROOT, sbatch
+from launch.job_folder import SCRIPT, forget_stop, private_files, record_again
 from launch.monitor.queue import Queue
 from launch.monitor.state import State, judge, newest_job
-from launch.run_folder import writing
 from trainer.errors import ConfigError
 from trainer.metrics.history import CONFIG_NAME
-from trainer.metrics.run_facts import STOP_NAME, SUBMISSION_NAME, RunFacts, read_run
+from trainer.metrics.run_facts import RunFacts, read_run
 
-SCRIPT_NAME = "job.sbatch"
 GOING = ("running", "stopping", "pending", "requeued", "held")
 
 
@@ -46,9 +44,8 @@ def main(argv: Sequence[str]) -> int:
     directory = find_directory(facts)
     run_dir = run_dir.absolute()
     os.chdir(directory)
-    # A request that came when nothing ran any more would stop the new life at once.
-    (run_dir / STOP_NAME).unlink(missing_ok=True)
-    if (run_dir / SCRIPT_NAME).is_file():
+    forget_stop(run_dir)
+    if (run_dir / SCRIPT).is_file():
         return submit_again(facts, run_dir)
     if facts.job_ids and facts.submission:  # a task of a sweep, whose script is for all of them
         raise ConfigError(
@@ -105,27 +102,23 @@ def submit_again(facts: RunFacts, run_dir: Path) -> int:
     # A run that has lived had all that it waited for; those jobs may have been made anew since.
     has_lived = any(life.started for life in facts.lives)
     flags = ["--dependency="] if has_lived else []
-    number = sbatch.submit_script(run_dir / SCRIPT_NAME, *flags)
-    jobs = [*(facts.submission.get("job_ids") or []), number]
-    aside = run_dir / f".{SUBMISSION_NAME}.{os.getpid()}"
-    with writing(run_dir):
-        text = json.dumps({**facts.submission, "job_ids": jobs}, ensure_ascii=False, indent=1)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(run_dir / SUBMISSION_NAME)
+    with private_files(), sbatch.all_or_none() as jobs:
+        jobs.append(sbatch.submit_script(run_dir / SCRIPT, *flags))
+        record_again(run_dir, jobs[0])
     step = facts.saved.step if facts.saved else 0
     print(
-        f"job {number} resumes {run_dir} at step {step}; follow it with `kuroshio watch {run_dir}`"
+        f"job {jobs[0]} resumes {run_dir} at step {step}; follow it with `kuroshio watch {run_dir}`"
     )
     return 0
 
 
 def refuse_moved(run_dir: Path) -> None:
     """Raise ConfigError when the script of a run is of another folder than the one it lies in."""
-    text = (run_dir / SCRIPT_NAME).read_text(encoding="utf-8")
+    text = (run_dir / SCRIPT).read_text(encoding="utf-8")
     found = re.search(r"^RUN=(/.*)$", text, re.MULTILINE)
     if found and Path(found[1]).resolve() != run_dir.resolve():
         raise ConfigError(
-            f"{run_dir} was {found[1]} when it was submitted, and its {SCRIPT_NAME} still says so; "
+            f"{run_dir} was {found[1]} when it was submitted, and its {SCRIPT} still says so; "
             f"`kuroshio submit --config {run_dir / CONFIG_NAME}` goes on"
         )
 

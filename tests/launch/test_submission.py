@@ -20,7 +20,7 @@ from launch import job_folder, run_folder, sbatch, submission, submit
 from launch.compose import compose_config, compose_values
 from launch.job_folder import keep_settled
 from trainer.deadline import name_ranks
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.lease import Lease
 from trainer.lives import append_line, utc_now
 
@@ -249,6 +249,29 @@ def test_another_submission_may_change_machines_but_not_the_run(
     values["loop"]["epochs"] = 3.0
     with pytest.raises(ConfigError, match=r"loop.epochs: 2.0 there, 3.0 now"):
         submission.submit_run(values, run_dir)
+
+
+def test_a_run_that_never_began_may_become_another(
+    slurm: FakeSlurm, compose: Compose, tmp_path: Path
+) -> None:
+    run_dir, values = tmp_path / "run", compose()
+    slurm.say("refuse", "Invalid qos")
+    with pytest.raises(ConfigError, match="Invalid qos"):
+        submission.submit_run(values, run_dir)
+    (slurm.folder / "refuse").unlink()
+    values["loop"]["seed"] = 8
+    submission.submit_run(values, run_dir)
+    # The ranks refused it: no life began, and the config has to be mended.
+    append_line(run_dir, {"ended": utc_now(), "job": "41", "restart": 0, "exit_code": 78})
+    values["loop"]["seed"] = 9
+    submission.submit_run(values, run_dir)
+    assert run_folder.read(run_dir / "config.yaml")["loop"]["seed"] == 9
+
+
+def test_a_damaged_record_of_jobs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "submit.json").write_text("")  # of a node that lost power
+    with pytest.raises(CheckpointError, match=r"submit\.json cannot be read.*bring it back"):
+        job_folder.read_submission(tmp_path)
 
 
 def test_settled_values_stay_where_the_wish_is_the_same() -> None:
