@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -47,8 +47,12 @@ def join(timeout_s: int) -> None:
 
 
 @contextmanager
-def among_ranks(rank: int) -> Iterator[None]:
+def among_ranks(rank: int, name_lost: Callable[[], str] = str) -> Iterator[None]:
     """Turn the backend's error about a rank that is gone into one line.
+
+    Args:
+        rank: of this process.
+        name_lost: returns who is gone, empty if nobody knows.
 
     Raises:
         LostRankError: when a collective inside the block failed because another rank ended.
@@ -59,7 +63,9 @@ def among_ranks(rank: int) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         reason = str(error).splitlines()[0].partition(" This is typically")[0]
-        raise LostRankError(f"rank {rank} lost contact with another rank: {reason}") from error
+        lost = name_lost()
+        who = f"{lost}; so " if lost else ""
+        raise LostRankError(f"{who}rank {rank} lost contact with another rank: {reason}") from error
 
 
 def part() -> None:

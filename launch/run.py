@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +26,13 @@ from launch.slurm_queue import job_time_limit
 from launch.tenancy import Stay
 from launch.validation import Run
 from trainer.config import RunConfig, grad_accum_steps, load_config
-from trainer.errors import EXIT_RESUME, ConfigError, StopRequestedError
+from trainer.errors import EXIT_RESUME, ConfigError, LostRankError, StopRequestedError
+from trainer.lease import Lease
 from trainer.lives import slurm_life
 from trainer.metrics.run_facts import STOP_NAME
 from trainer.stage import Context
 from trainer.stages import SINGLE_PROCESS
+from trainer.watchdog import Post, explain_loss, watching
 
 LOG = logging.getLogger(__name__)
 
@@ -111,25 +114,37 @@ def _run_together(run: Run, found: Rendezvous, stay: Stay) -> None:
 
     config, run_dir = run.config, stay.run_dir
     local_rank = rendezvous.device_index(found.local_rank, os.environ)
-    with agreement.among_ranks(found.rank):
+    with agreement.among_ranks(found.rank, lambda: _name_lost(config, found, stay)):
         agreement.join(config.cluster.timeout_s)
         if found.world_size > 1:
             agreement.refuse_disagreement(agreement.rank_facts(config, run_dir))
             if found.launcher == "slurm":
                 agreement.refuse_crowding(config.cluster.nodes, node_name(os.environ))
         stay.lease = agreement.share_lease(run_dir, stay.lease)
-        init_distributed(local_rank, config.cluster.timeout_s)
-        limit = job_time_limit(os.environ) if found.rank == 0 else None
-        place = (found.rank, found.world_size, local_rank)
-        try:
-            run.stage.run(Context(config, run_dir, *place, stay.lease, limit))
-        except StopRequestedError as stop:
-            # srun ends rank 0 once another one has left: first it says why they all do.
-            if found.rank == 0:
-                stay.end(*tenancy.describe_error(stop))
+        with watching(_post(config, found, stay.lease), partial(stay.end, LostRankError.exit_code)):
+            init_distributed(local_rank, config.cluster.timeout_s)
+            limit = job_time_limit(os.environ) if found.rank == 0 else None
+            place = (found.rank, found.world_size, local_rank)
+            try:
+                run.stage.run(Context(config, run_dir, *place, stay.lease, limit))
+            except StopRequestedError as stop:
+                # srun ends rank 0 once another one has left: first it says why they all do.
+                if found.rank == 0:
+                    stay.end(*tenancy.describe_error(stop))
+                agreement.part()
+                raise
             agreement.part()
-            raise
-        agreement.part()
+
+
+def _post(config: RunConfig, found: Rendezvous, lease: Lease) -> Post:
+    """Return where this rank's watchdog stands."""
+    ranks = (found.rank, found.world_size)
+    return Post(Path(config.run_dir), lease.token, *ranks, config.cluster.timeout_s)
+
+
+def _name_lost(config: RunConfig, found: Rendezvous, stay: Stay) -> str:
+    """Return who is gone when a collective has failed, empty where that is not known."""
+    return explain_loss(_post(config, found, stay.lease)) if stay.lease else ""
 
 
 def _num_ranks(values: dict[str, Any]) -> int:

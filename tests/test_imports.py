@@ -21,6 +21,7 @@ LAYERS: list[list[str]] = [
         "trainer.config",
         "trainer.deadline",
         "trainer.faults",
+        "trainer.heartbeat",
         "trainer.lease",
         "trainer.lives",
         "tokenizer",
@@ -30,6 +31,7 @@ LAYERS: list[list[str]] = [
         "trainer.stage",
         "trainer.numerics",
         "trainer.signals",
+        "trainer.watchdog",
         "trainer.environment",
         "trainer.inference",
         "trainer.sequence_logps",
@@ -64,6 +66,7 @@ ONLY_LIBRARIES: dict[str, set[str]] = {
     # What login nodes and the end of a job read.
     "trainer.deadline": set(),
     "trainer.faults": set(),
+    "trainer.heartbeat": set(),
     "trainer.lease": set(),
     "trainer.lives": set(),
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trainer import faults, heartbeat
 from trainer.config import LoopConfig
 from trainer.data.batches.collate import Batch
 from trainer.deadline import Deadline, name_ranks
@@ -79,12 +80,17 @@ class TrainStage(Stage):
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
         """Do one optimizer step; return the tokens that went through the model on all ranks."""
-        window = list(islice(batches, self.policy.grad_accum_steps))
+        faults.reach("step", rank=self.policy.rank, step=step)
+        with heartbeat.phase("data"):
+            faults.reach("data", rank=self.policy.rank, step=step)
+            window = list(islice(batches, self.policy.grad_accum_steps))
         own = sum(map(self.num_targets, window)), sum(batch.num_tokens for batch in window)
         count, num_tokens = sum_over_ranks(own)
         for batch in window:
             self.seed(batch)
             loss = self.loss(batch)
+            if faults.reach("loss", rank=self.policy.rank, step=step):
+                loss = loss * float("nan")
             self.policy.backward(loss / (count or 1.0))
             self.policy.step(self.lr(step))
             self.bag.add_ratio("loss", loss.detach(), self.num_targets(batch))
@@ -108,9 +114,10 @@ def fit(stage: TrainStage, context: Context) -> None:
             if last:
                 resume(stage, context, last, stop, sinks)
             is_saved = bool(last) and evaluated
+            heartbeat.beat(heartbeat.BETWEEN, step)
             evaluated = evaluated or evaluate_if_due(stage, sinks, step, stop, loop)
             while step < loop.max_steps and not stop.agreed("step"):
-                with stop.deadline.timed("step"):
+                with stop.deadline.timed("step"), heartbeat.phase("step", step):
                     stage.meters.step(stage.train_step(step, batches))
                     step += 1
                     if is_due(step, loop.log_every, loop):
@@ -121,6 +128,7 @@ def fit(stage: TrainStage, context: Context) -> None:
                     save(stage, context, sinks, step, evaluated, stop.deadline)
             if not is_saved:
                 save(stage, context, sinks, step, evaluated, stop.deadline)
+            heartbeat.beat("leave", step)
             if step < loop.max_steps or not evaluated:
                 raise stop.honoured(step)
 
@@ -163,7 +171,7 @@ def evaluate_if_due(
         return True
     if stop.agreed("evaluation"):
         return False
-    with stop.deadline.timed("evaluation"):
+    with stop.deadline.timed("evaluation"), heartbeat.phase("evaluation", step):
         return stage.evaluate(sinks, step, stop)
 
 
@@ -202,7 +210,7 @@ def save(
     stage.guard.check()
     state = {**stage.state(), "evaluated": evaluated, "num_overflows": stage.guard.num_overflows}
     state["seconds"] = {describe_ranks(stage, context): deadline.measured()}
-    with stage.meters.pause(), deadline.timed("save"):
+    with stage.meters.pause(), deadline.timed("save"), heartbeat.phase("save", step):
         path = checkpoint.save(stage.policy, folder, step, state, context.lease)
         if context.rank == 0:
             checkpoint.rotate(folder, step, keep_last=loop.keep_last, keep_every=loop.keep_every)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer import heartbeat
 from trainer.config import RunConfig
 from trainer.data.chats.chat import prompt_ids, stop_token_ids
 from trainer.data.chats.conversation import Message
@@ -71,6 +72,7 @@ def write_answers(
     stop_ids = stop_token_ids(tokenizer)
     with answering_model(engine, part) as model:
         for shown, ids in questions:
+            heartbeat.beat()
             prompt = torch.tensor([ids], device=engine.device)
             out = model.continue_text(prompt, max_new_tokens, stop_ids)
             answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from trainer import heartbeat
 from trainer.engine import collectives
 from trainer.engine.manifest import FORMAT, file_problem, hash_file, list_steps, read_manifest
 from trainer.errors import CheckpointError
@@ -158,6 +159,7 @@ class Reader:
 
     def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
         """Return elements [offset, offset + numel) of flattened ``name`` as fp32 [numel]."""
+        heartbeat.beat()
         out, filled = torch.empty(numel), 0
         for start, length, number, key in self._pieces[f"{name}|{kind}"]:
             low, high = max(start, offset), min(start + length, offset + numel)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer import heartbeat
+
 # Sets a parameter, split over the ranks or not, from its full value.
 Fill = Callable[[nn.Parameter, Callable[[], Tensor]], None]
 TRIM_BYTES = 1 << 26
@@ -44,6 +46,7 @@ class Trimming:
 
     def __call__(self, num_bytes: int) -> None:
         """Note that a tensor of ``num_bytes`` was read."""
+        heartbeat.beat()
         self._num_bytes += num_bytes
         if self._num_bytes > TRIM_BYTES:
             return_freed_memory()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from trainer import heartbeat
 from trainer.data.batches.collate import WIDTH_UNIT
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
@@ -195,6 +196,7 @@ class Forward:
         Returns:
             ``[rows, vocab]`` of real tokens.
         """
+        heartbeat.beat()
         inputs = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache}
         if self._takes_positions:
             inputs["position_ids"] = positions.clamp(0, self._last_position)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.load import load_tokenizer
+from trainer import faults, heartbeat
 from trainer.config import RunConfig
 from trainer.data.chats.chat import resolve_template, stop_token_ids
 from trainer.engine.collectives import any_over_ranks
@@ -155,6 +156,7 @@ class Ppo(PpoSettings, StoreStage):
         """Roll out, score, update; return the tokens of prompts and responses."""
         key = (self.config.loop.seed, step)
         with self._timed("rollout"):
+            faults.reach("rollout", rank=self.context.rank, step=step)
             rollout = self._roll_out(next(batches), self.responses_per_prompt, key)
         with self._timed("score"):
             rewards, scores, experience = self._score(rollout)
@@ -162,6 +164,7 @@ class Ppo(PpoSettings, StoreStage):
         self._latest = spread(rewards) | {"kl_coef": self._kl_coef}
         self._warn(step, rollout, scores)
         with self._timed("update"):
+            faults.reach("update", rank=self.context.rank, step=step)
             self._learn(step, experience)
         kl = float(experience.figures.sample_kl().mean())
         if self.kl.target is not None:
@@ -224,7 +227,8 @@ class Ppo(PpoSettings, StoreStage):
     def _timed(self, part: str) -> Iterator[None]:
         """Record how long a part of the step takes."""
         start = time.perf_counter()
-        yield
+        with heartbeat.phase(part):
+            yield
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
         self.bag.add(f"{part}_seconds", time.perf_counter() - start)

@@ -1,0 +1,235 @@
+"""The watchdog of a rank: writes its heartbeat, and ends it when the ranks get on no more.
+
+A thread, since a hung rank's main thread sits in a call that no signal leaves. What it finds is
+said once for the whole life: the first rank to see that waiting is in vain writes the verdict, the
+others show their stacks when they find it, and all leave as ranks that lost another.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import heartbeat
+from trainer.errors import LostRankError
+from trainer.heartbeat import Beat, Finding
+
+LOG = logging.getLogger(__name__)
+LIMIT_SHARE = 0.8  # of the collective timeout: who is missing has to be known before it strikes
+UNCUT_FACTOR = 4  # more time for phases without a place to beat
+BEATS_PER_S = 64  # of all ranks together, at most: a shared file system carries them
+PLACE_AFTER_S = 3.0  # without progress, until the place of the main thread is looked up
+LOOK_AGAIN_S = 5.0  # between two judgements of one standstill
+LOOK_SHARE = 0.1  # of the limit between the two looks of a judgement
+LOOK_S = 30.0  # at most
+MISSED_BEATS = 3  # that show silence
+LEAVE_BEATS = 3  # for the others to find the verdict and show their stacks
+JOIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Post:
+    """Where a watchdog stands.
+
+    Attributes:
+        run_dir: the run's folder.
+        token: of the life.
+        rank, world_size: of this process.
+        timeout_s: ``cluster.timeout_s``.
+    """
+
+    run_dir: Path
+    token: int
+    rank: int
+    world_size: int
+    timeout_s: float
+
+    @property
+    def limit_s(self) -> float:
+        """Return how long a rank may stand still."""
+        return LIMIT_SHARE * self.timeout_s
+
+    @property
+    def interval_s(self) -> float:
+        """Return the time between two beats."""
+        return max(1.0, self.world_size / BEATS_PER_S)
+
+    @property
+    def look_s(self) -> float:
+        """Return the time between two looks at the others: silence has to last that long."""
+        return max(MISSED_BEATS * self.interval_s, min(LOOK_S, LOOK_SHARE * self.limit_s))
+
+    @property
+    def verdict(self) -> Path:
+        """Return the file that says why the ranks of this life are to leave."""
+        return self.run_dir / heartbeat.FOLDER / f"{self.token:05d}.verdict"
+
+
+@contextmanager
+def watching(post: Post, on_end: Callable[[str], None]) -> Iterator[None]:
+    """Write this rank's heartbeat, and end the process if the ranks stand still for too long.
+
+    Args:
+        post: whose.
+        on_end: records why the life ends, before the process is left.
+    """
+    watchdog = Watchdog(post, on_end)
+    heartbeat.beat("load", 0)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+class Watchdog:
+    """Looks every second at what the main thread has noted."""
+
+    def __init__(self, post: Post, on_end: Callable[[str], None]) -> None:
+        self.post, self._on_end = post, on_end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._path: Path | None = None
+        self._number, self._was_missed, self._was_told = 0, False, False
+        self._awake_since = time.monotonic()
+
+    def start(self) -> None:
+        """Begin to beat."""
+        try:
+            self._path = heartbeat.start_files(self.post.run_dir, self.post.token, self.post.rank)
+        except OSError as error:  # nobody can name this rank then, but it can train
+            LOG.warning("no heartbeats in %s: %s", self.post.run_dir, error)
+        self._beat()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; the last beat says that this rank left."""
+        self._over.set()
+        self._thread.join(JOIN_S)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        checked, woke = time.monotonic(), time.monotonic()
+        while not self._over.wait(self.post.interval_s):
+            now = time.monotonic()
+            if now - woke > self.post.look_s:  # this process was stopped itself, with its job
+                self._awake_since = now
+            woke = now
+            # From a thread without Python: shows the stacks also where a call keeps the
+            # interpreter's lock, or the file system this one, and ends what nobody else can.
+            faulthandler.dump_traceback_later(UNCUT_FACTOR * self.post.timeout_s, exit=True)
+            self._beat()
+            if self._idle_s() > min(PLACE_AFTER_S, self.post.limit_s) and self._is_condemned():
+                self._leave(f"rank {self.post.rank} ends: see the verdict of another rank")
+            if self._idle_s() > self.post.limit_s and now - checked > LOOK_AGAIN_S:
+                self._look()
+                checked = woke = time.monotonic()
+        heartbeat.beat(heartbeat.LEFT)
+        self._beat()
+
+    def _idle_s(self) -> float:
+        return time.monotonic() - max(heartbeat.pulse().at, self._awake_since)
+
+    def _beat(self) -> None:
+        """Write the heartbeat; a file system that is away for a while must not end a run."""
+        if self._path is None:
+            return
+        pulse, idle_s = heartbeat.pulse(), self._idle_s()
+        where, waits = heartbeat.find_main_thread() if idle_s > PLACE_AFTER_S else ("", False)
+        self._number += 1
+        post = self.post
+        try:
+            own = (post.rank, socket.gethostname(), os.getpid(), post.token, self._number)
+            doing = (pulse.step, pulse.phase, round(idle_s, 1), where, waits)
+            heartbeat.write_beat(self._path, Beat(*own, *doing, round(time.time(), 1)))
+            self._was_missed = False
+        except OSError as error:
+            if not self._was_missed:
+                LOG.warning("no heartbeat in %s: %s", self._path, error)
+            self._was_missed = True
+
+    def _is_condemned(self) -> bool:
+        return self.post.verdict.exists()
+
+    def _look(self) -> None:
+        """Find out who is missing; leave if that is hopeless, else say it once."""
+        findings = look(self.post, self.post.look_s, self._over)
+        idle_s = self._idle_s()
+        if self._over.is_set() or idle_s < self.post.limit_s:
+            return
+        allowed = self.post.limit_s * (UNCUT_FACTOR if self._is_uncut() else 1)
+        gone = any(finding.state in ("silent", "missing") for finding in findings)
+        message = (
+            f"no progress for {idle_s:.0f} s (cluster.timeout_s={self.post.timeout_s:g} allows "
+            f"{allowed:.0f} s in phase {heartbeat.pulse().phase}): "
+            f"{heartbeat.name_culprits(findings, time.time())}"
+        )
+        if heartbeat.is_hopeless(findings) and (gone or idle_s > allowed):
+            others = [f for f in findings if f.rank != self.post.rank]
+            self._condemn(message, any(f.state in ("works", "stuck", "waits") for f in others))
+        elif not self._was_told:
+            self._was_told = True
+            LOG.warning("%s; waiting on", message)
+            show_stacks()
+
+    def _is_uncut(self) -> bool:
+        return heartbeat.is_uncut(heartbeat.pulse().phase)
+
+    def _condemn(self, message: str, can_read: bool) -> None:
+        """End the life: tell the others, record why, leave once they have shown their stacks.
+
+        Args:
+            message: who is missing.
+            can_read: whether another rank is left that will find the verdict.
+        """
+        try:
+            descriptor = os.open(self.post.verdict, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(message + "\n")
+        except FileExistsError:
+            self._leave(f"rank {self.post.rank} ends: see the verdict of another rank")
+        except OSError as error:
+            LOG.warning("the other ranks are not told: %s", error)
+        show_stacks()
+        print(f"kuroshio: {message}", file=sys.stderr, flush=True)
+        self._on_end(message)
+        if can_read:
+            time.sleep(LEAVE_BEATS * self.post.interval_s)
+        os._exit(LostRankError.exit_code)
+
+    def _leave(self, message: str) -> None:
+        show_stacks()
+        print(f"kuroshio: {message}", file=sys.stderr, flush=True)
+        os._exit(LostRankError.exit_code)  # the main thread is in a call that does not end
+
+
+def look(post: Post, seconds: float, over: threading.Event | None = None) -> list[Finding]:
+    """Look twice at the heartbeats of all ranks, ``seconds`` apart; return what became of each."""
+    place = (post.run_dir, post.token, post.world_size)
+    before = heartbeat.read_beats(*place)
+    (over or threading.Event()).wait(seconds)
+    return heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
+
+
+def explain_loss(post: Post) -> str:
+    """Return who is gone when a collective has failed, empty if nobody is silent.
+
+    A rank that left by itself has said why.
+    """
+    seconds = MISSED_BEATS * post.interval_s
+    findings = [one for one in look(post, seconds) if one.state in ("silent", "stuck")]
+    return heartbeat.name_culprits(findings, time.time()) if findings else ""
+
+
+def show_stacks() -> None:
+    """Write the stacks of all threads of this process to where it writes errors."""
+    faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
