@@ -148,13 +148,13 @@ def journal(run: Path, split: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, whole) if record.get("split") == split]
 
 
-def compare(out: Path, name: str, step: StepState) -> dict[str, Any]:
+def compare(
+    out: Path, name: str, step: StepState, sides: tuple[str, str] = ("unbroken", "killed")
+) -> dict[str, Any]:
     """Return a step's last figures in both pipelines and whether they are equal to the last bit."""
-    if step.kind == "run":
-        both = [last_figures(out / side / name) for side in ("unbroken", "killed")]
-    else:
-        both = [identity(out / side / name) for side in ("unbroken", "killed")]
-    lives = sum("started" in life for life in read_lives(out / "killed" / name))
+    read = last_figures if step.kind == "run" else identity
+    both = [read(out / side / name) for side in sides]
+    lives = sum("started" in life for life in read_lives(out / sides[1] / name))
     return {"equal": both[0] == both[1], "unbroken": both[0], "killed": both[1], "lives": lives}
 
 

@@ -76,9 +76,13 @@ class Cluster(Jobs):
         """Unplug a node's network cable; its processes live on."""
         self.machines["switch"].call("ip", "link", "set", node, "down")
 
+    def plug_in(self, node: str) -> None:
+        """Plug a node's network cable in again."""
+        self.machines["switch"].call("ip", "link", "set", node, "up")
+
     def restore(self, node: str) -> None:
         """Plug a node's network cable in again and wait until Slurm uses it."""
-        self.machines["switch"].call("ip", "link", "set", node, "up")
+        self.plug_in(node)
         self.wait_until_idle(node)
 
     def wait_until_idle(self, *nodes: str, timeout_s: float = START_TIMEOUT_S) -> None:

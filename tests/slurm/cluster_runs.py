@@ -56,11 +56,16 @@ class Runs:
 
     def ranks(self, run_dir: Path) -> dict[str, list[int]]:
         """Return the processes of a run's ranks on each node; "" is all nodes in one."""
-        word = f"run --config {run_dir}/config.yaml"
-        nodes = {name: machine.processes() for name, machine in self.cluster.machines.items()}
-        nodes = nodes or {"": self.cluster.processes()}
-        found = {name: [pid for pid in pids if _is_rank(pid, word)] for name, pids in nodes.items()}
-        return {name: pids for name, pids in found.items() if pids}
+        return ranks_of(self.cluster, run_dir)
+
+
+def ranks_of(cluster: Cluster, run_dir: Path) -> dict[str, list[int]]:
+    """Return the processes of a run's ranks on each node; "" is all nodes in one."""
+    word = f"run --config {run_dir}/config.yaml"
+    nodes = {name: machine.processes() for name, machine in cluster.machines.items()}
+    nodes = nodes or {"": cluster.processes()}
+    found = {name: [pid for pid in pids if _is_rank(pid, word)] for name, pids in nodes.items()}
+    return {name: pids for name, pids in found.items() if pids}
 
 
 def _is_rank(pid: int, word: str) -> bool:
