@@ -79,6 +79,10 @@ def _take_turn(
     except KuroshioError as error:
         code, error_text = error.exit_code, str(error)
         print(f"kuroshio: step {step.name}: {error}", file=sys.stderr)
+    except BaseException as error:  # a bug, or Ctrl-C: nobody else can say that it runs no more
+        reason = f"{type(error).__name__}: {error}"
+        _noted(pipeline, state, step, state="failed", ended=utc_now(), exit_code=1, reason=reason)
+        raise
     outcome = {0: "done", EXIT_RESUME: "stopped"}.get(code, "failed")
     facts = {"ended": utc_now(), "exit_code": code, "reason": error_text}
     return _noted(pipeline, state, step, state=outcome, **facts), code

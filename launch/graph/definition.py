@@ -21,6 +21,7 @@ from launch.graph.words import (
     set_values,
     split_words,
 )
+from launch.secrets import flatten, refuse_secrets
 from trainer.config import build, nearest
 from trainer.errors import ConfigError
 
@@ -104,10 +105,12 @@ def read_pipeline(words: Sequence[str], absolute: bool = False, folder: Path = F
     Raises:
         ConfigError: no such pipeline, or with every problem of its file and the words.
     """
+    refuse_secrets(word.partition("=")[::2] for word in words)
     file = _find(words, folder)
     values = _read_yaml(file)
+    refuse_secrets(flatten(values))
     steps = values.get("steps")
-    if not isinstance(steps, dict) or not any("run" in (step or {}) for step in steps.values()):
+    if not isinstance(steps, dict) or not any(_is_run(step) for step in steps.values()):
         raise ConfigError(f"{file}: steps holds no run; name at least one step with `run`")
     given = split_words(words, steps)
     place = given.folder or str(values.get(DIR) or f"runs/{file.stem}")
@@ -123,6 +126,10 @@ def read_pipeline(words: Sequence[str], absolute: bool = False, folder: Path = F
         raise ConfigError("\n".join(problems))
     ordered = _in_order(file, {step.name: step for step in built})
     return Pipeline(file.stem, file, Path(place), tuple(words), ordered)
+
+
+def _is_run(section: Any) -> bool:
+    return isinstance(section, dict) and "run" in section
 
 
 def _find(words: Sequence[str], folder: Path) -> Path:

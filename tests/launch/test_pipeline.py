@@ -30,7 +30,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.ran: list[str] = []
-        self.codes: dict[str, int | Exception] = {}
+        self.codes: dict[str, int | BaseException] = {}
 
     def start(self, values: dict[str, Any]) -> int:
         place = Path(values["run_dir"])
@@ -38,7 +38,7 @@ class Ranks:
         place.mkdir(exist_ok=True)
         (place / "lives.jsonl").write_text("{}\n")
         code = self.codes.get(place.name, 0)
-        if isinstance(code, Exception):
+        if isinstance(code, BaseException):
             raise code
         if code == 0:
             step = place / "checkpoints/step_00000004"
@@ -111,6 +111,18 @@ def test_a_signal_stops_the_whole(words: list[str], ranks: Ranks, tmp_path: Path
     assert pipeline.main(words) == EXIT_RESUME
     assert ranks.ran == ["base"]
     assert states(tmp_path)["base"] == "stopped" and states(tmp_path)["second"] == "waiting"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no space")])
+def test_no_step_stays_running_when_the_process_ends(
+    words: list[str], ranks: Ranks, tmp_path: Path, error: BaseException
+) -> None:
+    ranks.codes = {"base": error}
+    with pytest.raises(type(error)):
+        pipeline.main(words)
+    found = read_states(tmp_path / "out")["base"]
+    assert (found.state, found.exit_code) == ("failed", 1)
+    assert str(found.reason).startswith(type(error).__name__)
 
 
 def test_what_changed_is_said_before_anything_runs(

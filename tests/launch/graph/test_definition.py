@@ -106,6 +106,7 @@ def test_steps_come_after_their_parents_else_in_the_order_of_the_file(tmp_path: 
         ("steps: {}", "name at least one step"),
         ("steps: {a1: {tokenizer: {paths: [x]}}}", "name at least one step with `run`"),
         ("- 1", "holds no pipeline"),
+        ("steps: {a1: 5, b1: {run: [stage=sft]}}", "steps.a1: expected one of run, export"),
         (
             'steps: {a1: {run: ["model.path=@{b1}"]}, b1: {run: ["model.path=@{a1}"]}}',
             "a circle: ",
