@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -47,7 +47,12 @@ def accept_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
 
-def run_ranks(command: Sequence[str], num_ranks: int, stdin: str) -> int:
+def run_ranks(
+    command: Sequence[str],
+    num_ranks: int,
+    stdin: str,
+    describe: Callable[[int], str] = lambda _: "",
+) -> int:
     """Run ``command`` once per rank and wait for all of them.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on once to every rank, which then save; a second SIGINT
@@ -57,6 +62,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, stdin: str) -> int:
         command: what each rank runs.
         num_ranks: how many, with local ranks 0 to ``num_ranks - 1``.
         stdin: text every rank finds on its standard input.
+        describe: returns where a rank was when it failed, empty where nobody knows.
 
     Returns:
         0, EXIT_RESUME when the ranks stopped for a signal after saving, or the exit code of the
@@ -78,7 +84,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, stdin: str) -> int:
                         copiers.append(_copy_output(ranks[-1], place.rank))
             for process in ranks:
                 _feed(process, stdin)
-            return _wait(ranks)
+            return _wait(ranks, describe)
         finally:
             _end(ranks)
             for copier in copiers:
@@ -159,13 +165,13 @@ def _forwarding(ranks: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[str]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[str]], describe: Callable[[int], str]) -> int:
     """Wait until all ranks ended well or one failed; return the exit code of the whole."""
     first_left: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
         if any(code not in (None, 0, EXIT_RESUME) for code in codes):
-            return _blame(ranks)
+            return _blame(ranks, describe)
         if None not in codes:
             return max(code or 0 for code in codes)
         if EXIT_RESUME in codes:
@@ -177,7 +183,7 @@ def _wait(ranks: Sequence[subprocess.Popen[str]]) -> int:
         time.sleep(POLL_S)
 
 
-def _blame(ranks: Sequence[subprocess.Popen[str]]) -> int:
+def _blame(ranks: Sequence[subprocess.Popen[str]], describe: Callable[[int], str]) -> int:
     """Say which rank failed and return its exit code.
 
     A rank whose peer is gone may end before that peer has: one with a reason of its own is named.
@@ -188,7 +194,9 @@ def _blame(ranks: Sequence[subprocess.Popen[str]]) -> int:
     rank = min(failed, key=lambda rank: codes[rank] == LostRankError.exit_code)
     code = codes[rank]
     cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code}"
-    print(f"kuroshio: rank {rank} {cause}; ending the others", file=sys.stderr)
+    place = describe(rank)
+    where = f" (it was {place})" if place else ""
+    print(f"kuroshio: rank {rank} {cause}; ending the others{where}", file=sys.stderr)
     return 128 - code if code < 0 else code
 
 

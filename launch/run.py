@@ -27,6 +27,7 @@ from launch.tenancy import Stay
 from launch.validation import Run
 from trainer.config import RunConfig, grad_accum_steps, load_config
 from trainer.errors import EXIT_RESUME, ConfigError, LostRankError, StopRequestedError
+from trainer.heartbeat import describe_rank
 from trainer.lease import Lease
 from trainer.lives import slurm_life
 from trainer.metrics.run_facts import STOP_NAME
@@ -182,8 +183,11 @@ def start_ranks(values: dict[str, Any]) -> int:
         grad_accum_steps(config, num_ranks)
         if config.data.sources:
             ensure_prepared(config)  # here, where no rank waits for it behind a collective timeout
-    code = local.run_ranks(command, num_ranks, json.dumps(values))
-    tenancy.record_silent_end(Path(config.run_dir), code)
+    run_dir = Path(config.run_dir)
+    code = local.run_ranks(
+        command, num_ranks, json.dumps(values), lambda rank: describe_rank(run_dir, rank)
+    )
+    tenancy.record_silent_end(run_dir, code)
     return code
 
 

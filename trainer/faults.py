@@ -16,7 +16,7 @@ from pathlib import Path
 from trainer.errors import ConfigError
 
 VARIABLE = "KUROSHIO_FAULT"
-KINDS = ("kill", "stop", "hang", "raise", "poison")
+KINDS = ("kill", "stop", "hang", "slow", "raise", "poison")
 
 
 @dataclass
@@ -25,17 +25,19 @@ class Fault:
 
     Attributes:
         kind: ``kill`` (SIGKILL) and ``stop`` (SIGSTOP) of this process, ``hang`` (sleep for ever),
-            ``raise`` a RuntimeError, ``poison``: the point returns True, and its caller spoils
-            what it has.
+            ``slow`` (sleep for ``seconds``), ``raise`` a RuntimeError, ``poison``: the point
+            returns True, and its caller spoils what it has.
         point: name of the point.
         facts: what the point must be called with.
         once: file that says that it has happened.
+        seconds: of ``slow``.
     """
 
     kind: str
     point: str
     facts: dict[str, str] = field(default_factory=dict)
     once: Path | None = None
+    seconds: float = 1.0
 
     def strikes(self, point: str, facts: dict[str, object]) -> bool:
         """Return whether it happens here; claims ``once``."""
@@ -61,13 +63,15 @@ def parse_faults(text: str) -> list[Fault]:
         head, *words = part.split()
         kind, _, point = head.partition("@")
         facts = dict(word.partition("=")[::2] for word in words)
-        if kind not in KINDS or not point or not all(facts.values()):
+        seconds = facts.pop("seconds", "1")
+        is_number = seconds.replace(".", "", 1).isdigit()
+        if kind not in KINDS or not point or not all(facts.values()) or not is_number:
             raise ConfigError(
                 f"{VARIABLE}: {part!r} is not KIND@POINT KEY=VALUE…, with a kind of "
                 f"{', '.join(KINDS)}; unset it unless you test what happens"
             )
         once = facts.pop("once", None)
-        faults.append(Fault(kind, point, facts, Path(once) if once else None))
+        faults.append(Fault(kind, point, facts, Path(once) if once else None, float(seconds)))
     return faults
 
 
@@ -88,6 +92,9 @@ def reach(point: str, **facts: object) -> bool:
         return True
     if fault.kind == "raise":
         raise RuntimeError(f"{VARIABLE}: {point} {facts}")
+    if fault.kind == "slow":
+        time.sleep(fault.seconds)
+        return False
     if fault.kind == "hang":
         while True:
             time.sleep(3600)

@@ -223,15 +223,18 @@ def name_culprits(findings: Sequence[Finding], now: float) -> str:
     parts = [finding.describe(now) for finding in named[:MAX_NAMED]]
     if len(named) > MAX_NAMED:
         parts.append(f"{len(named) - MAX_NAMED} more ranks likewise")
-    waiting = sum(finding.state == "waits" for finding in findings if finding not in named)
-    if waiting:
-        parts.append(f"{waiting} {'rank waits' if waiting == 1 else 'ranks wait'} for others")
+    waiting = [one.beat for one in findings if one.state == "waits" and one not in named]
+    steps = [beat.step for beat in waiting if beat is not None]
+    if steps:
+        who = "1 rank waits" if len(steps) == 1 else f"{len(steps)} ranks wait"
+        parts.append(f"{who} for others after step {max(steps)}")
     return "; ".join(parts)
 
 
-def describe_rank(run_dir: Path, token: int, rank: int) -> str:
+def describe_rank(run_dir: Path, rank: int) -> str:
     """Return host, step and phase of a rank at its last beat, empty when it left none."""
-    last = read_beat(beat_path(run_dir, token, rank))
+    paths = (run_dir / FOLDER).glob(f"*.rank_{rank:05d}")
+    last = read_beat(max(paths, default=run_dir / FOLDER))
     return "" if last is None else f"on {last.host}, step {last.step}, phase {last.phase}"
 
 

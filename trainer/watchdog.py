@@ -24,12 +24,12 @@ from trainer.errors import LostRankError
 from trainer.heartbeat import Beat, Finding
 
 LOG = logging.getLogger(__name__)
-LIMIT_SHARE = 0.8  # of the collective timeout: who is missing has to be known before it strikes
+KNOWN_SHARE = 0.8  # of the collective timeout: by then it has to be known who is missing
 UNCUT_FACTOR = 4  # more time for phases without a place to beat
 BEATS_PER_S = 64  # of all ranks together, at most: a shared file system carries them
 PLACE_AFTER_S = 3.0  # without progress, until the place of the main thread is looked up
 LOOK_AGAIN_S = 5.0  # between two judgements of one standstill
-LOOK_SHARE = 0.1  # of the limit between the two looks of a judgement
+LOOK_SHARE = 0.05  # of the collective timeout, between the two looks of a judgement
 LOOK_S = 30.0  # at most
 MISSED_BEATS = 3  # that show silence
 LEAVE_BEATS = 3  # for the others to find the verdict and show their stacks
@@ -55,8 +55,8 @@ class Post:
 
     @property
     def limit_s(self) -> float:
-        """Return how long a rank may stand still."""
-        return LIMIT_SHARE * self.timeout_s
+        """Return how long a rank may stand still: so long that judging it ends before a timeout."""
+        return max(self.timeout_s / 2, KNOWN_SHARE * self.timeout_s - self.look_s)
 
     @property
     def interval_s(self) -> float:
@@ -66,7 +66,7 @@ class Post:
     @property
     def look_s(self) -> float:
         """Return the time between two looks at the others: silence has to last that long."""
-        return max(MISSED_BEATS * self.interval_s, min(LOOK_S, LOOK_SHARE * self.limit_s))
+        return max(MISSED_BEATS * self.interval_s, min(LOOK_S, LOOK_SHARE * self.timeout_s))
 
     @property
     def verdict(self) -> Path:

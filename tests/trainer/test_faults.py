@@ -19,7 +19,9 @@ def test_faults_are_read_with_their_facts() -> None:
     assert (second.kind, second.facts, second.once) == ("poison", {}, Path("/a/b"))
 
 
-@pytest.mark.parametrize("text", ["kill", "explode@step", "kill@step rank", "kill@ rank=1"])
+@pytest.mark.parametrize(
+    "text", ["kill", "explode@step", "kill@step rank", "kill@ rank=1", "slow@step seconds=x"]
+)
 def test_what_is_no_fault_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="KUROSHIO_FAULT"):
         faults.parse_faults(text)
@@ -34,6 +36,14 @@ def test_a_fault_happens_where_its_facts_hold_and_once(
     with pytest.raises(RuntimeError, match="step"):
         faults.reach("step", rank=1, step=4)
     assert faults.reach("loss") and not faults.reach("loss")
+
+
+def test_a_slow_point_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(faults.time, "sleep", slept.append)
+    monkeypatch.setattr(faults, "_FAULTS", faults.parse_faults("slow@data rank=1 seconds=0.25"))
+    assert not faults.reach("data", rank=0) and not faults.reach("data", rank=1)
+    assert slept == [0.25]
 
 
 def test_a_kill_is_a_sigkill() -> None:
