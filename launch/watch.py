@@ -15,13 +15,14 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from launch.monitor.page import write_page
+from launch.monitor.page import render_page
 from launch.monitor.queue import EVERY_S, Queue
 from launch.monitor.row import Row
 from launch.monitor.sources import Source, build_rows, find_sources, job_ids
 from launch.monitor.table import build_table
 from trainer.metrics.formats import show_time
 from trainer.metrics.journal import plain
+from trainer.metrics.page import write_page
 
 RUNS = Path("runs")
 MIN_EVERY_S = 1.0
@@ -115,7 +116,7 @@ class Watch:
         self.time = time.time()
         self.rows = build_rows(sources, self._ask(sources))
         if self._page is not None:
-            write_page(self._page, self.title(), self.rows, every_s)
+            write_page(self._page, render_page(self.title(), self.rows, every_s), "--html")
 
     def title(self) -> str:
         """Return what the table is of, and of when."""

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from trainer.errors import StorageError
 from trainer.metrics.account import LIFE_COLUMNS, summarise_jobs, tabulate_lives, wandb_lines
 from trainer.metrics.console import show_count, show_duration
 from trainer.metrics.formats import show_number, show_setting, show_share, show_text, show_time
 from trainer.metrics.history import RECORD_KEYS, Record, Run, load_run
 from trainer.metrics.life import build_life, read_time
+from trainer.metrics.page import read_template, write_page
 from trainer.metrics.planned import compare_plan
 from trainer.metrics.run_charts import draw_charts, source_names
 from trainer.metrics.run_facts import read_run
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 # Held-out figures whose first and last values are compared, where they are recorded.
 COMPARED = {
@@ -53,33 +51,19 @@ def write_report(
     """
     page = render_report(load_run(run_dir), plan)
     out = run_dir / "report.html" if out is None else out
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(out)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {out}: {error.strerror}; give another file with --out"
-        ) from error
+    write_page(out, page, "--out")
     return out
 
 
 def render_report(run: Run, plan: Mapping[str, Any] | None = None) -> str:
     """Return the page as HTML; ``plan`` as for ``write_report``."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(setting=show_setting, visible=show_text)
-    environment.filters.update(number=show_number, when=show_time, fields=show_fields)
-    environment.filters.update(share=show_share)
+    template = read_template(
+        TEMPLATE, setting=show_setting, visible=show_text, number=show_number, when=show_time,
+        fields=show_fields, share=show_share,
+    )  # fmt: skip
     recorded = held_out_figures(run)
     facts = read_run(run.run_dir)
-    return environment.get_template(TEMPLATE).render(
+    return template.render(
         run=run,
         name=run.config.get("name") or run.run_dir.name,
         now=time.time(),
