@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from trainer.config import nearest
 from trainer.errors import ConfigError, KuroshioError
+from trainer.metrics.redaction import redact_output
 
 VERBS = {
     "run": ("launch.run", "run one stage on this machine, or as one rank of a job"),
@@ -29,6 +30,7 @@ VERBS = {
     "logs": ("launch.logs", "print what a run's job and ranks said last"),
     "stop": ("launch.stop", "let a run save and stop; cancel a job that waits"),
     "resume": ("launch.resume", "go on with a run that stopped or failed"),
+    "verify": ("launch.verify", "check everything in a run's folder, and replay steps of it"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
 WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/
@@ -107,6 +109,7 @@ def prepare(arguments: list[str]) -> int:
 
 def main() -> None:
     """Run the command line; an error a user can act on is shown without a traceback."""
+    redact_output(os.environ)
     try:
         code = dispatch(sys.argv[1:])
     except KuroshioError as error:

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from launch.rendezvous import Rendezvous
 from launch.run_folder import CONFIG_FILE
 from trainer.errors import KuroshioError
+from trainer.metrics.redaction import redact_text, secret_pattern
 
 LOGS = "logs"
 BLOCK_BYTES = 1 << 16
@@ -74,15 +75,18 @@ class RankLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._secrets = secret_pattern(os.environ)
         self._waiting = b""
         self._is_off = False
 
     def add(self, lines: bytes) -> None:
         """Append ``lines``, or keep them until the run exists: a refused one writes nothing.
 
-        One write for all of them, so that the lines of two processes do not mix.
+        Secrets are blanked, also in what programs of a rank write. One write for all of them, so
+        that the lines of two processes do not mix.
         """
-        self._waiting += lines
+        text = lines.decode("utf-8", "surrogateescape")
+        self._waiting += redact_text(text, self._secrets).encode("utf-8", "surrogateescape")
         if self._is_off or not (self.path.parent.parent / CONFIG_FILE).exists():
             return
         try:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.metrics.redaction import SECRET_VALUE
+from trainer.metrics.redaction import PRIVATE_KEY, SECRET_VALUE, environment_secrets, redact_text
 
 _WORDS = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
 _LAST_WORDS = {"key", "token"}  # as a key's last word: api_key, hf_token; not num_key_value_heads
 _HARMLESS = re.compile(r"(^|_)(pad|bos|eos|unk|cls|sep|mask|image|audio)_token$")
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY")
 _HEX40 = re.compile(r"[0-9a-f]{40}")  # a wandb key; also a git commit, hence the names below
 _COMMIT_WORDS = {"revision", "commit", "sha1", "hash", "digest"}
 
@@ -26,19 +27,59 @@ def looks_secret(key: str, value: Any) -> bool:
     text = value if isinstance(value, str) else ""
     if _HEX40.fullmatch(text.strip("'\" ")) and not _COMMIT_WORDS.intersection(words):
         return True
-    return bool(SECRET_VALUE.search(text) or _PRIVATE_KEY.search(text))
+    return any(SECRET_VALUE.search(t) or PRIVATE_KEY.search(t) for t in (key, text))
 
 
-def refuse_secrets(pairs: Iterable[tuple[str, Any]]) -> None:
-    """Raise ConfigError naming every key of ``pairs`` that looks secret; never print a value."""
-    keys = sorted({key for key, value in pairs if looks_secret(key, value)})
+def refuse_secrets(
+    pairs: Iterable[tuple[str, Any]], environ: Mapping[str, str] | None = None
+) -> None:
+    """Raise ConfigError naming every key of ``pairs`` that looks secret; never print a value.
+
+    Args:
+        pairs: dotted keys with their values.
+        environ: whose secrets, whatever they look like, no value may hold; None = the process's.
+    """
+    known = environment_secrets(os.environ if environ is None else environ)
+    keys = {
+        key
+        for key, value in pairs
+        if looks_secret(key, value)
+        or any(secret in text for secret in known for text in (key, str(value)))
+    }
     if keys:
         raise ConfigError(
             "\n".join(
                 f"{key} looks like a secret (value not shown); configs are written to disk and "
                 "logged, so put it into the environment (WANDB_API_KEY, HF_TOKEN) instead"
-                for key in keys
+                for key in sorted(map(redact_text, keys))
             )
+        )
+
+
+def secret_files(environ: Mapping[str, str]) -> list[Path]:
+    """Return the files in which wandb and the Hugging Face libraries look for keys."""
+    home = Path(environ.get("HOME") or Path.home())
+    hub = Path(environ.get("HF_HOME") or home / ".cache/huggingface")
+    return [
+        Path(environ.get("NETRC") or home / ".netrc"),
+        home / "_netrc",
+        Path(environ.get("HF_TOKEN_PATH") or hub / "token"),
+    ]
+
+
+def open_secret_files(environ: Mapping[str, str]) -> list[Path]:
+    """Return those of the ``secret_files`` that others than their owner may read or change."""
+    there = [path for path in secret_files(environ) if path.is_file()]
+    return [path for path in there if path.stat().st_mode & 0o077]
+
+
+def refuse_open_files(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError when a key of wandb would come from a file that others may read."""
+    if files := [] if environ.get("WANDB_API_KEY") else open_secret_files(environ):
+        names = " ".join(map(str, files))
+        raise ConfigError(
+            f"log.wandb=online: {names} can be read by others; chmod 600 {names}, and renew the "
+            "keys in it if the machine is shared"
         )
 
 

@@ -25,6 +25,7 @@ from trainer.lease import (
     read_holder,
 )
 from trainer.lives import append_line, newest_step, slurm_life, utc_now
+from trainer.metrics.redaction import redact_text
 
 LOG = logging.getLogger(__name__)
 ENDING_WAIT_S = 60.0  # Slurm kills what has not ended after its KillWait, 30 s unless configured
@@ -143,7 +144,7 @@ def record_end(
     if token is not None and newest_token(run_dir) > token:
         return False  # the folder belongs to a newer life
     end = {"ended": utc_now(), "token": token, **life, "host": socket.gethostname()}
-    end |= {"rank": rank, "exit_code": exit_code, "reason": reason, "cause": cause}
+    end |= {"rank": rank, "exit_code": exit_code, "reason": redact_text(reason), "cause": cause}
     end["step"] = newest_step(run_dir)
     name = f"job_{life['job']}.{life['restart']}.end"
     path = run_dir / LEASES_NAME / name
