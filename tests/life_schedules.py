@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -45,9 +44,7 @@ class LifePlan:
         return max(last, self.start)
 
 
-def draw_schedule(
-    random: Random, max_steps: int, rows_per_step: int, zero_stages: Iterable[int] = (1, 2, 3)
-) -> list[LifePlan]:
+def draw_schedule(random: Random, max_steps: int, rows_per_step: int) -> list[LifePlan]:
     """Return three or four lives that bring a run to ``max_steps``."""
     lives: list[LifePlan] = []
     start = 0
@@ -55,11 +52,10 @@ def draw_schedule(
     while len(lives) < num_lives:
         num_ranks = random.choice([1, 2, 4])
         micro = random.choice([m for m in (1, 2, 4) if m * num_ranks <= rows_per_step])
-        place = (num_ranks, random.choice(list(zero_stages)), micro, random.choice([1, 2, 3]))
+        zero_stage, save_every = random.choice([1, 2, 3]), random.choice([1, 2, 3])
         is_last = len(lives) == num_lives - 1
-        lives.append(
-            LifePlan(*place, *_draw_end(random, start, max_steps, place[3], is_last), start)
-        )
+        end = _draw_end(random, start, max_steps, save_every, is_last)
+        lives.append(LifePlan(num_ranks, zero_stage, micro, save_every, *end, start))
         start = lives[-1].after()
     return lives
 
@@ -110,9 +106,3 @@ def read_rows(run_dir: Path) -> Rows:
             own.setdefault(record["step"], []).extend(map(tuple, record["rows"]))
         steps |= own
     return {step: sorted(rows) for step, rows in sorted(steps.items())}
-
-
-def count_reads(run_dir: Path) -> list[int]:
-    """Return how many steps each life began to read."""
-    files = sorted(run_dir.parent.glob(f"{run_dir.name}.read.*"))
-    return [len({json.loads(x)["step"] for x in file.read_text().splitlines()}) for file in files]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -64,7 +65,7 @@ def test_the_schedules_are_a_fair_draw() -> None:
     pairs = {
         (old.num_ranks, new.num_ranks)
         for schedule in SCHEDULES
-        for old, new in zip(schedule, schedule[1:], strict=False)
+        for old, new in itertools.pairwise(schedule)
         if new.start  # with something to load
     }
     assert pairs == {(old, new) for old in (1, 2, 4) for new in (1, 2, 4)}
