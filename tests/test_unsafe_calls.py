@@ -31,7 +31,7 @@ NAMED_CODE = {
 }  # fmt: skip
 # transformers renders chat templates, which come with models, in a sandbox of its own.
 OWN_TEMPLATES = {
-    "launch/cards.py", "launch/slurm.py", "launch/monitor/page.py", "trainer/metrics/report.py",
+    "launch/cards.py", "launch/slurm.py", "trainer/metrics/page.py",
     "tokenizer/audit_page.py",
 }  # fmt: skip
 
