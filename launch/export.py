@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import cards, run_folder
+from launch.exports import note_export
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     with written_aside(options.out) as folder:
         facts = write(config, options, checkpoint, folder)
         cards.write_card(config, options.run, checkpoint, folder, facts)
+    chosen = {key: getattr(options, key) for key in ("dtype", "adapter", "base")}
+    note_export(options.run, options.out, checkpoint.path, chosen)
     what = "adapter weights" if options.adapter else "parameters"
     print(
         f"{options.out}: {facts['num_params']:,} {what} in {facts['precision']}, "
@@ -135,6 +138,17 @@ def _write_model(
         "is_adapter": False,
         "base_kind": options.base,
     }
+
+
+def open_final_weights(
+    config: RunConfig, options: argparse.Namespace, checkpoint: Checkpoint
+) -> Weights:
+    """Return the weights that an export of a checkpoint has, to be read one at a time."""
+    from tokenizer.load import load_tokenizer
+    from trainer.engine.committed import Reader
+
+    model_config = _make_config(config, load_tokenizer(options.run / "tokenizer"), checkpoint)
+    return _open_weights(config, options, model_config, Reader(checkpoint))
 
 
 def _make_config(config: RunConfig, tokenizer: Any, checkpoint: Checkpoint) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +26,7 @@ CONFIG_FILE = "config.yaml"
 CHANGEABLE = (
     "cluster.*",
     "engine.*",
+    "guard.*",
     "log.*",
     "data.store_dir",
     "data.num_processes",
@@ -32,6 +35,10 @@ CHANGEABLE = (
     "loop.save_every",
     "loop.keep_last",
     "loop.keep_every",
+    "loop.keep_gb",
+    "loop.save_async",
+    "loop.staging_dir",
+    "loop.damaged",
 )
 CompleteSection = Callable[[dict[str, Any]], dict[str, Any]]
 HEADER = "# The run's whole configuration; resume, export and report read it. Do not edit.\n"
@@ -121,10 +128,7 @@ def check_same_run(
         sections = (frozen.get("stage", {}), config.stage)
         both = set.intersection(*(set(dict(_leaves({"stage": s}))) for s in sections))
         changes = {k: v for k, v in changes.items() if k in both or k.split(".")[0] != "stage"}
-    changeable: tuple[str, ...] = (*CHANGEABLE, "run_dir")
-    if config.schedule.name == "constant" and not config.schedule.warmup_share:
-        # No learning rate of the past depends on them.
-        changeable += ("loop.max_steps", "loop.epochs")
+    changeable = changeable_keys(plain(config))
     refused = {k: v for k, v in changes.items() if not matches(k, changeable)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
@@ -139,6 +143,22 @@ def check_same_run(
             + "\ngive another run_dir, or the old values to resume it"
         )
     return {key: value for key, value in changes.items() if key != "run_dir"}
+
+
+def changeable_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which keys of a config a later life may change, as patterns."""
+    schedule = values.get("schedule") or {}
+    if schedule.get("name") == "constant" and not schedule.get("warmup_share"):
+        # No learning rate of the past depends on them.
+        return (*CHANGEABLE, "run_dir", "loop.max_steps", "loop.epochs")
+    return (*CHANGEABLE, "run_dir")
+
+
+def identify(values: Mapping[str, Any]) -> str:
+    """Return a hash of everything in a config that no life may change."""
+    keys = changeable_keys(values)
+    fixed = {key: value for key, value in _leaves(values) if not matches(key, keys)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _completed(frozen: dict[str, Any], complete_stage: CompleteSection | None) -> dict[str, Any]:
@@ -169,6 +189,7 @@ def record_life(
         "first_step": newest_step(run_dir),
         "changes": dict(changes),
         "code": hash_code(),
+        "config": identify(read(path)) if (path := run_dir / CONFIG_FILE).exists() else None,
     }
     with writing(run_dir):
         append_line(run_dir, life)

@@ -22,11 +22,11 @@ def describe_inputs(config: RunConfig, store: TokenStore) -> dict[str, str]:
     for name, source in store.sources.items():
         inputs[f"data.sources.{name}"] = source.folder.name
     if config.model.path:
-        inputs["model.path"] = _identify_weights(Path(config.model.path))
+        inputs["model.path"] = identify_weights(Path(config.model.path))
     return inputs
 
 
-def _identify_weights(folder: Path) -> str:
+def identify_weights(folder: Path) -> str:
     """Return what tells a model's weights from others; of pickled ones only names and sizes."""
     if any(folder.glob("*.safetensors")):
         return model_identity(folder)

@@ -128,7 +128,7 @@ def begin(folder: Path, step: str) -> None:
         return
     found = {parent: output_facts(folder, parent) for parent in record["parents"]}
     for parent in record["parents"]:
-        _verify_model(folder, parent)
+        verify_model(folder, parent)
     place = folder / step
     begun = (place / LIVES_NAME if record["kind"] == "run" else place).exists()
     before = (read_json(inputs_path(folder, step)) or {}).get("parents")
@@ -174,7 +174,7 @@ def _same_place(old: Any, new: Any) -> bool:
     return texts and Path(old).absolute() == Path(new).absolute()
 
 
-def _verify_model(folder: Path, parent: str) -> None:
+def verify_model(folder: Path, parent: str) -> None:
     """Compare a model folder with what was written down when it was made.
 
     Raises:
