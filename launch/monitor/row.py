@@ -9,7 +9,8 @@ from pathlib import Path
 from launch.monitor.queue import Job
 from launch.monitor.state import State, judge, newest_job
 from trainer.metrics.account import planned_gpu_hours, wandb_lines
-from trainer.metrics.run_facts import Cost, RunFacts, figure
+from trainer.metrics.run_facts import RunFacts, figure
+from trainer.plan.work import Cost
 from trainer.stages import SINGLE_PROCESS
 
 # What tells best how a stage does, where its records have it.

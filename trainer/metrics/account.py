@@ -48,10 +48,10 @@ def summarise_jobs(facts: RunFacts, time_limit: float | None = None) -> list[tup
     hours, is_whole = facts.rank_hours(is_alive=False)
     more = "" if is_whole else "at least "
     rows.append(("Spent", f"{more}{hours:,.2f}{_planned(facts)} {facts.hours_unit}"))
-    rows += [
-        (f"Cost, {c.who}", f"{more}{c.currency} {c.amount:,.2f} ({c.source}, {c.date})")
-        for c in facts.costs(hours)
-    ]
+    for cost in facts.costs(hours):
+        source = ", ".join(filter(None, (cost.source, cost.date)))
+        amount = f"{more}{cost.currency} {cost.amount:,.2f} ({source})"
+        rows.append((f"Cost, {cost.who}", amount))
     return rows
 
 

@@ -20,6 +20,7 @@ from trainer.metrics.history import CONFIG_NAME
 from trainer.metrics.journal import JOURNAL_NAME
 from trainer.metrics.life import Life, build_life, rank_hours, read_time
 from trainer.metrics.tail import Record, read_tail
+from trainer.plan.work import Cost
 
 SUBMISSION_NAME = "submit.json"
 STOP_NAME = "stop"
@@ -33,17 +34,6 @@ class Saved:
     step: int
     time: float
     is_evaluated: bool  # whether nothing of its step is left to do
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run has cost one kind of project so far."""
-
-    who: str
-    currency: str
-    amount: float
-    source: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,7 @@ class RunFacts:
                 str(price["currency"]),
                 hours * float(price["per_gpu_hour"]),
                 str(price["source"]),
-                str(price["date"]),
+                None if price["date"] is None else str(price["date"]),
             )
             for price in prices
         ]

@@ -122,7 +122,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole run costs one kind of project."""
+    """What a run costs one kind of project: the whole one, or what it has spent so far."""
 
     who: str
     currency: str

@@ -41,6 +41,12 @@ def test_jobs_hours_and_cost(tmp_path: Path) -> None:
     assert "Time left to its job" not in dict(summarise_jobs(facts, time_limit=NOW - 1))
 
 
+def test_a_price_without_a_date_has_none(tmp_path: Path) -> None:
+    run = run_of_two_lives(tmp_path, prices=[{**PRICE, "date": None}])
+    rows = dict(summarise_jobs(read_run(run.path, NOW), time_limit=None))
+    assert rows["Cost, academic"] == "TWD 79.89 (page)"
+
+
 def test_unknown_stays_unknown(tmp_path: Path) -> None:
     assert summarise_jobs(read_run(RunFolder(tmp_path / "new", NOW).path, NOW)) == []
     run = RunFolder(tmp_path / "lost", NOW, cluster={"site": {"gpus_per_node": 0}})
