@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
+from trainer import heartbeat
 from trainer.config import EngineConfig, OptimConfig
 from trainer.engine.fragments import (
     Fragment,
@@ -177,6 +178,7 @@ class Engine:
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
         """Run the model's forward."""
+        heartbeat.beat()
         return self.engine(**inputs)
 
     def backward(self, loss: torch.Tensor, is_last: bool | None = None) -> None:
