@@ -31,7 +31,6 @@ VERBS = {
     "stop": ("launch.stop", "let a run save and stop; cancel a job that waits"),
     "resume": ("launch.resume", "go on with a run that stopped or failed"),
     "verify": ("launch.verify", "check everything in a run's folder, and replay steps of it"),
-    "verify": ("launch.verify", "check everything in a run's folder, and replay steps of it"),
     "report": ("launch.report", "write a run's report as one HTML page"),
 }
 WITH_KEYS = ("run", "prepare", "chat", "generate", "serve")  # verbs whose help reads conf/
