@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from trainer.metrics.rank_times import RankTimes
 from trainer.plan.flops import device_peak, peak_flops_per_s
 
 GIB = 1024**3
@@ -72,7 +73,11 @@ def process_start_time() -> float:
 
 
 class Meters:
-    """Throughput, ETA, MFU and the share of wall time that trained."""
+    """Throughput, ETA, MFU and the share of wall time that trained.
+
+    Attributes:
+        own: what this rank spends before it waits for others.
+    """
 
     def __init__(
         self,
@@ -106,18 +111,22 @@ class Meters:
         self._window: deque[tuple[int, float]] = deque(maxlen=window_steps)
         self._num_tokens, self._train_s, self._paused_s = 0, 0.0, 0.0
         self._mark = clock()
+        self.own = RankTimes(device, world_size)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Keep evaluation and saving out of the throughput."""
         start = self._clock()
+        self.own.is_paused = True
         try:
             yield
         finally:
+            self.own.is_paused = False
             self._paused_s += self._clock() - start
 
     def step(self, num_tokens: int) -> None:
         """Count one finished optimizer step of ``num_tokens`` tokens over all ranks."""
+        self.own.num_steps += 1
         now = self._clock()
         seconds = max(now - self._mark - self._paused_s, 1e-9)
         self._mark, self._paused_s = now, 0.0

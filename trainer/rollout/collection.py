@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.engine.collectives import sum_tensor
 from trainer.engine.engine import Engine
+from trainer.metrics.rank_times import RankTimes
 from trainer.models.language_model import LanguageModel
 from trainer.rollout.answer_rows import AnswerBatch, Layout, Sample, deal
 from trainer.rollout.experience import Figures
@@ -60,6 +61,7 @@ def roll_out(
     *,
     group_size: int,
     key: tuple[int, int],
+    times: RankTimes,
 ) -> Rollout:
     """Return responses to all prompts, ``group_size`` to each.
 
@@ -71,6 +73,7 @@ def roll_out(
         stop_ids: tokens that end a response.
         group_size: responses to a prompt.
         key: seed and step of the random numbers.
+        times: where it is counted how long this rank writes.
     """
     # By length, in turn: every rank has long prompts and short ones. A group stays together, since
     # its prompt is read once.
@@ -83,7 +86,8 @@ def roll_out(
         if mine:
             uniforms = draw_uniforms(*key, mine, sampling.max_new_tokens)
             own = [asked[number].ids for number in mine]
-            found = generate(model, own, sampling, stop_ids, uniforms)
+            with times.timed("compute"):
+                found = generate(model, own, sampling, stop_ids, uniforms)
     return Rollout(asked, _share(dict(zip(mine, found, strict=True)), len(asked), sampling))
 
 

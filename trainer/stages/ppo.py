@@ -183,6 +183,7 @@ class Ppo(PpoSettings, StoreStage):
             self._stop_ids,
             group_size=group_size,
             key=key,
+            times=self.meters.own,
         )
 
     def _score(self, rollout: Rollout) -> tuple[Tensor, Tensor, Experience]:
