@@ -16,7 +16,12 @@ from trainer.config import LoopConfig
 from trainer.data.batches.collate import Batch
 from trainer.deadline import Deadline, name_ranks
 from trainer.engine import checkpoint
-from trainer.engine.collectives import sum_over_ranks, sum_tensor
+from trainer.engine.collectives import (
+    gather_figures,
+    gather_texts,
+    sum_over_ranks,
+    sum_tensor,
+)
 from trainer.engine.committed import Checkpoint, describe_layout, find_newest
 from trainer.engine.engine import Engine
 from trainer.environment import name_device
@@ -81,14 +86,15 @@ class TrainStage(Stage):
     def train_step(self, step: int, batches: Iterator[Batch]) -> int:
         """Do one optimizer step; return the tokens that went through the model on all ranks."""
         faults.reach("step", rank=self.policy.rank, step=step)
-        with heartbeat.phase("data"):
+        with heartbeat.phase("data"), self.meters.own.timed("data"):
             faults.reach("data", rank=self.policy.rank, step=step)
             window = list(islice(batches, self.policy.grad_accum_steps))
         own = sum(map(self.num_targets, window)), sum(batch.num_tokens for batch in window)
         count, num_tokens = sum_over_ranks(own)
         for batch in window:
             self.seed(batch)
-            loss = self.loss(batch)
+            with self.meters.own.timed("compute", on_device=True):
+                loss = self.loss(batch)
             if faults.reach("loss", rank=self.policy.rank, step=step):
                 loss = loss * float("nan")
             self.policy.backward(loss / (count or 1.0))
@@ -194,7 +200,11 @@ def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
     if policy.precision == "fp16":
         metrics |= {"loss_scale": policy.loss_scale(), "num_overflows": stage.guard.num_overflows}
     metrics |= stage.progress()
+    slowest = stage.meters.own.read(gather_texts, gather_figures)
+    metrics |= slowest.figures() if slowest else {}
     sinks.train(step, metrics | stage.meters.read(step))
+    if slowest:
+        sinks.ranks(step, median_s=slowest.median_s, slowest=slowest.ranks)
 
 
 def save(

@@ -73,6 +73,16 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in everyone]
 
 
+def gather_figures(values: Sequence[float]) -> list[list[float]]:
+    """Return every rank's numbers, as many on each, in the order of ranks, in float64."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    everyone = [mine]
+    if is_distributed():
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+    return [one.tolist() for one in everyone]
+
+
 def all_ranks_equal(value: str) -> list[int]:
     """Return the ranks whose ``value`` differs from rank 0's (an empty list when all agree)."""
     if not is_distributed():

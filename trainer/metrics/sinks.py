@@ -212,6 +212,11 @@ class Sinks:
             self._console.note(f"step {step}  sample  {prompt!r} → {text!r}")
             self._each(lambda sink: sink.text(step, "sample", f"{prompt}{text}"))
 
+    def ranks(self, step: int, median_s: float, slowest: Sequence[Mapping[str, Any]]) -> None:
+        """Record the ranks that took longest by themselves, and what the median rank took."""
+        if self.is_main:
+            self._write("ranks", step, {"median_s": median_s, "slowest": list(slowest)})
+
     def plot(self, step: int, kind: PlotKind, title: str, **data: Any) -> None:
         """Record what the report draws, of each title the last one (``draw_plots`` names data)."""
         if self.is_main:
