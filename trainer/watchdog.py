@@ -28,7 +28,6 @@ KNOWN_SHARE = 0.8  # of the collective timeout: by then it has to be known who i
 UNCUT_FACTOR = 4  # more time for phases without a place to beat
 BEATS_PER_S = 64  # of all ranks together, at most: a shared file system carries them
 PLACE_AFTER_S = 3.0  # without progress, until the place of the main thread is looked up
-LOOK_AGAIN_S = 5.0  # between two judgements of one standstill
 LOOK_SHARE = 0.05  # of the collective timeout, between the two looks of a judgement
 LOOK_S = 30.0  # at most
 MISSED_BEATS = 3  # that show silence
@@ -101,6 +100,7 @@ class Watchdog:
         self._path: Path | None = None
         self._number, self._was_missed, self._was_told = 0, False, False
         self._awake_since = time.monotonic()
+        self._first_look: tuple[float, list[Beat | None]] | None = None
 
     def start(self) -> None:
         """Begin to beat."""
@@ -118,7 +118,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        checked, woke = time.monotonic(), time.monotonic()
+        woke = time.monotonic()
         while not self._over.wait(self.post.interval_s):
             now = time.monotonic()
             if now - woke > self.post.look_s:  # this process was stopped itself, with its job
@@ -128,11 +128,7 @@ class Watchdog:
             # interpreter's lock, or the file system this one, and ends what nobody else can.
             faulthandler.dump_traceback_later(UNCUT_FACTOR * self.post.timeout_s, exit=True)
             self._beat()
-            if self._idle_s() > min(PLACE_AFTER_S, self.post.limit_s) and self._is_condemned():
-                self._leave(f"rank {self.post.rank} ends: see the verdict of another rank")
-            if self._idle_s() > self.post.limit_s and now - checked > LOOK_AGAIN_S:
-                self._look()
-                checked = woke = time.monotonic()
+            self._judge(now)
         heartbeat.beat(heartbeat.LEFT)
         self._beat()
 
@@ -157,15 +153,24 @@ class Watchdog:
                 LOG.warning("no heartbeat in %s: %s", self._path, error)
             self._was_missed = True
 
-    def _is_condemned(self) -> bool:
-        return self.post.verdict.exists()
-
-    def _look(self) -> None:
-        """Find out who is missing; leave if that is hopeless, else say it once."""
-        findings = look(self.post, self.post.look_s, self._over)
+    def _judge(self, now: float) -> None:
+        """Look at the others twice, some beats apart, once this rank stands still for too long."""
         idle_s = self._idle_s()
-        if self._over.is_set() or idle_s < self.post.limit_s:
-            return
+        if idle_s > min(PLACE_AFTER_S, self.post.limit_s) and self.post.verdict.exists():
+            self._leave(f"rank {self.post.rank} ends: another rank has said why")
+        if idle_s < self.post.limit_s:
+            self._first_look = None
+        elif self._first_look is None:
+            self._first_look = now, self._read()
+        elif now - self._first_look[0] >= self.post.look_s:
+            before, self._first_look = self._first_look[1], None
+            self._decide(idle_s, heartbeat.judge(before, self._read(), self.post.limit_s / 2))
+
+    def _read(self) -> list[Beat | None]:
+        return heartbeat.read_beats(self.post.run_dir, self.post.token, self.post.world_size)
+
+    def _decide(self, idle_s: float, findings: list[Finding]) -> None:
+        """Leave if waiting is hopeless, else say once who is waited for."""
         allowed = self.post.limit_s * (UNCUT_FACTOR if self._is_uncut() else 1)
         gone = any(finding.state in ("silent", "missing") for finding in findings)
         message = (
@@ -174,7 +179,7 @@ class Watchdog:
             f"{heartbeat.name_culprits(findings, time.time())}"
         )
         if heartbeat.is_hopeless(findings) and (gone or idle_s > allowed):
-            others = [f for f in findings if f.rank != self.post.rank]
+            others = [finding for finding in findings if finding.rank != self.post.rank]
             self._condemn(message, any(f.state in ("works", "stuck", "waits") for f in others))
         elif not self._was_told:
             self._was_told = True
@@ -196,7 +201,7 @@ class Watchdog:
             with os.fdopen(descriptor, "w") as file:
                 file.write(message + "\n")
         except FileExistsError:
-            self._leave(f"rank {self.post.rank} ends: see the verdict of another rank")
+            self._leave(f"rank {self.post.rank} ends: another rank has said why")
         except OSError as error:
             LOG.warning("the other ranks are not told: %s", error)
         show_stacks()
@@ -212,21 +217,16 @@ class Watchdog:
         os._exit(LostRankError.exit_code)  # the main thread is in a call that does not end
 
 
-def look(post: Post, seconds: float, over: threading.Event | None = None) -> list[Finding]:
-    """Look twice at the heartbeats of all ranks, ``seconds`` apart; return what became of each."""
-    place = (post.run_dir, post.token, post.world_size)
-    before = heartbeat.read_beats(*place)
-    (over or threading.Event()).wait(seconds)
-    return heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
-
-
 def explain_loss(post: Post) -> str:
     """Return who is gone when a collective has failed, empty if nobody is silent.
 
     A rank that left by itself has said why.
     """
-    seconds = MISSED_BEATS * post.interval_s
-    findings = [one for one in look(post, seconds) if one.state in ("silent", "stuck")]
+    place = (post.run_dir, post.token, post.world_size)
+    before = heartbeat.read_beats(*place)
+    time.sleep(MISSED_BEATS * post.interval_s)
+    found = heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
+    findings = [finding for finding in found if finding.state in ("silent", "stuck")]
     return heartbeat.name_culprits(findings, time.time()) if findings else ""
 
 
