@@ -26,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launch.graph.lineage import read_json  # noqa: E402
 from launch.graph.state import StepState, read_states  # noqa: E402
+from launch.json_file import read_json  # noqa: E402
 from trainer.lives import read_lives  # noqa: E402
 
 POLL_S = 0.1

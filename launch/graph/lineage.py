@@ -8,16 +8,15 @@ Nothing here imports more than the standard library and YAML, except ``begin``.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launch.json_file import read_json, write_json
 from launch.run_folder import CHANGEABLE, CONFIG_FILE, differences, matches
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.lives import LIVES_NAME, newest_step
 
 Facts = dict[str, str]
@@ -46,31 +45,6 @@ def inputs_path(folder: Path, step: str) -> Path:
 def work_folder(folder: Path, step: str) -> Path:
     """Return where the job of a step that is no run keeps its script, its code and its output."""
     return folder / RECORDS / step
-
-
-def read_json(path: Path) -> Record | None:
-    """Return a JSON object; None when there is no such file.
-
-    Raises:
-        CheckpointError: a file that holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; bring it back") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; bring it back")
-    return value
-
-
-def write_json(path: Path, value: Record) -> None:
-    """Write a file so that a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 def is_complete(folder: Path, step: str) -> bool:

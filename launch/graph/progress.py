@@ -10,6 +10,7 @@ from launch.graph import lineage
 from launch.graph.check import Values
 from launch.graph.definition import Pipeline, Step
 from launch.graph.state import PipelineState, StepState, read_state
+from launch.json_file import read_json, write_json
 from trainer.errors import ConfigError
 
 
@@ -35,9 +36,8 @@ def new_state(
 
 def record_step(pipeline: Pipeline, step: Step, composed: Mapping[str, Values]) -> None:
     """Write down what a step is, for its own start and for later ones to compare with."""
-    lineage.write_json(
-        lineage.record_path(pipeline.folder, step.name), _record(pipeline, step, composed)
-    )
+    path = lineage.record_path(pipeline.folder, step.name)
+    write_json(path, _record(pipeline, step, composed))
 
 
 def refuse_changes(pipeline: Pipeline, composed: Mapping[str, Values]) -> None:
@@ -48,7 +48,7 @@ def refuse_changes(pipeline: Pipeline, composed: Mapping[str, Values]) -> None:
     """
     lines, stale = [], set[str]()
     for step in pipeline.steps.values():
-        before = lineage.read_json(lineage.record_path(pipeline.folder, step.name))
+        before = read_json(lineage.record_path(pipeline.folder, step.name))
         if before is None or not step.folder.exists():
             continue
         changes = _changes(before, _record(pipeline, step, composed))
@@ -77,7 +77,7 @@ def is_done(pipeline: Pipeline, step: Step) -> bool:
     if not step.folder.exists():
         return False
     complete = lineage.is_complete(pipeline.folder, step.name)
-    inputs = lineage.read_json(lineage.inputs_path(pipeline.folder, step.name))
+    inputs = read_json(lineage.inputs_path(pipeline.folder, step.name))
     if inputs is None:
         return complete and not step.parents
     now = {p: lineage.output_facts(pipeline.folder, p) for p in step.parents}

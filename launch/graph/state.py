@@ -14,7 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.graph.lineage import is_complete, read_json, work_folder, write_json
+from launch.graph.lineage import is_complete, work_folder
+from launch.json_file import read_json, write_json
 from launch.slurm_queue import ENDING, LIVING, ask_squeue, job_state
 from trainer.config import build
 from trainer.errors import CheckpointError

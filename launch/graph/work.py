@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.graph import lineage
 from launch.graph.definition import ExportOptions, TokenizerOptions
+from launch.json_file import read_json
 from trainer.config import SourceConfig, build
 from trainer.errors import CheckpointError, ConfigError
 
@@ -36,7 +37,7 @@ def do_step(folder: Path, step: str) -> None:
     Raises:
         ConfigError: a parent is missing or changed, or the options do not fit it.
     """
-    record = lineage.read_json(lineage.record_path(folder, step))
+    record = read_json(lineage.record_path(folder, step))
     if record is None:
         raise CheckpointError(f"{folder} has no step {step}; start its pipeline again")
     lineage.begin(folder, step)

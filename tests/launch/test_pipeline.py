@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from launch import ROOT, pipeline, run
-from launch.graph import lineage, progress
+from launch.graph import progress
 from launch.graph.state import read_states
+from launch.json_file import write_json
 from trainer.errors import EXIT_RESUME, ConfigError, DataError
 
 TEXT = """
@@ -137,7 +138,7 @@ def test_what_changed_is_said_before_anything_runs(
     assert f"rm -r {out}/base {out}/base_model {out}/tuned" in text and "second" not in text
     pipeline.main([*words, "loop.log_every=7", "base.cluster.timeout_s=9"])  # changes no result
     assert ranks.ran == []
-    lineage.write_json(out / "letters/tokenizer.json", {"another": "one"})
+    write_json(out / "letters/tokenizer.json", {"another": "one"})
     assert pipeline.main(words) == ConfigError.exit_code
     step = read_states(out)["base"]
     assert ranks.ran == []

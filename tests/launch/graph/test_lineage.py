@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from launch.graph import lineage
+from launch.json_file import write_json
 from tokenizer.load import write_pair_manifest
 from trainer.errors import CheckpointError, ConfigError
 
 
 def record(folder: Path, step: str, kind: str, *parents: str, stage: str | None = None) -> None:
-    lineage.write_json(
+    write_json(
         lineage.record_path(folder, step),
         {"kind": kind, "parents": list(parents), "stage": stage},
     )
@@ -66,7 +67,7 @@ def test_a_run_is_complete_with_its_last_checkpoint_evaluated(tmp_path: Path) ->
 def test_a_vocabulary_is_complete_by_its_manifest(tmp_path: Path) -> None:
     record(tmp_path, "vocab", "run", stage="vocab")
     for complete in (False, True):
-        lineage.write_json(tmp_path / "vocab/manifest.json", {"complete": complete})
+        write_json(tmp_path / "vocab/manifest.json", {"complete": complete})
         assert lineage.is_complete(tmp_path, "vocab") is complete
 
 
