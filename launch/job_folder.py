@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +167,3 @@ def measured_seconds(run_dir: Path, num_ranks: int) -> dict[str, float]:
                 found |= {work: max(s, found.get(work, 0.0)) for work, s in seconds.items()}
         return found
     return {}
-
-
-@contextmanager
-def private_files() -> Iterator[None]:
-    """Let nobody else read what is written meanwhile: clusters are shared."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)

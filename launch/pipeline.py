@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import run
+from launch.file_modes import private_files, wants_sharing
 from launch.graph import lineage, progress, work
 from launch.graph.check import Values, check_sources, check_stages, compose_runs
 from launch.graph.definition import ExportOptions, Pipeline, Step, read_pipeline
@@ -36,13 +37,14 @@ def main(words: Sequence[str]) -> int:
         for step in pipeline.steps.values():
             print(f"{_outlook(pipeline, step):8} {describe(step)}")
         return 0
-    state = progress.new_state(pipeline, composed, "run", None)
-    codes: list[int] = []
-    for step in pipeline.steps.values():
-        state, code = _take_turn(pipeline, step, composed, state)
-        codes += [code] if code else []
-        if code == EXIT_RESUME:
-            break
+    with private_files(any(map(wants_sharing, composed.values()))):
+        state = progress.new_state(pipeline, composed, "run", None)
+        codes: list[int] = []
+        for step in pipeline.steps.values():
+            state, code = _take_turn(pipeline, step, composed, state)
+            codes += [code] if code else []
+            if code == EXIT_RESUME:
+                break
     _show(pipeline, state)
     return codes[0] if codes else 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import run_folder
+from launch.file_modes import private_files
 from launch.graph import lineage
 from launch.rendezvous import mpi_barrier, mpi_place
 from trainer.config import RunConfig, load_config
@@ -43,13 +44,14 @@ def main(config: RunConfig, check: bool = False) -> None:
         _check(config, tokenizer, rank)
         return
     try:
-        store = prepare(
-            config.data,
-            tokenizer,
-            rank=rank,
-            world_size=world_size,
-            barrier=lambda: mpi_barrier(os.environ),
-        )
+        with private_files(config.cluster.share_with_group):
+            store = prepare(
+                config.data,
+                tokenizer,
+                rank=rank,
+                world_size=world_size,
+                barrier=lambda: mpi_barrier(os.environ),
+            )
     except KuroshioError as error:
         if world_size == 1:
             raise

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import ROOT, sbatch
-from launch.job_folder import SCRIPT, forget_stop, private_files, record_again
+from launch.file_modes import private_files, wants_sharing
+from launch.job_folder import SCRIPT, forget_stop, record_again
 from launch.monitor.queue import Queue
 from launch.monitor.state import State, judge, newest_job
 from trainer.errors import ConfigError
@@ -102,7 +103,7 @@ def submit_again(facts: RunFacts, run_dir: Path) -> int:
     # A run that has lived had all that it waited for; those jobs may have been made anew since.
     has_lived = any(life.started for life in facts.lives)
     flags = ["--dependency="] if has_lived else []
-    with private_files(), sbatch.all_or_none() as jobs:
+    with private_files(wants_sharing(facts.config)), sbatch.all_or_none() as jobs:
         jobs.append(sbatch.submit_script(run_dir / SCRIPT, *flags))
         record_again(run_dir, jobs[0])
     step = facts.saved.step if facts.saved else 0

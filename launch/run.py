@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from launch import local, rank_log, rendezvous, run_folder, tenancy, validation, world
+from launch.file_modes import private_files, wants_sharing
 from launch.graph import lineage
 from launch.node_environment import node_name, prepare_node
 from launch.prepare import ensure_prepared
@@ -52,10 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     found = rendezvous.detect(os.environ)
     if options.config not in (None, "-"):
         world.adopt_world(values, found, os.environ)
-    if found.launcher == "plain" and _num_ranks(values) > 1:
-        return start_ranks(values)
-    with rank_log.kept(values, found):
-        return run_rank(values, found)
+    with private_files(wants_sharing(values)):
+        if found.launcher == "plain" and _num_ranks(values) > 1:
+            return start_ranks(values)
+        with rank_log.kept(values, found):
+            return run_rank(values, found)
 
 
 def run_rank(values: dict[str, Any], found: Rendezvous) -> int:

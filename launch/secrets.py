@@ -73,14 +73,15 @@ def open_secret_files(environ: Mapping[str, str]) -> list[Path]:
     return [path for path in there if path.stat().st_mode & 0o077]
 
 
-def refuse_open_files(environ: Mapping[str, str]) -> None:
-    """Raise ConfigError when a key of wandb would come from a file that others may read."""
-    if files := [] if environ.get("WANDB_API_KEY") else open_secret_files(environ):
-        names = " ".join(map(str, files))
-        raise ConfigError(
-            f"log.wandb=online: {names} can be read by others; chmod 600 {names}, and renew the "
-            "keys in it if the machine is shared"
-        )
+def open_file_problems(environ: Mapping[str, str]) -> list[str]:
+    """Return what is wrong when a key of wandb would come from a file that others may read."""
+    if environ.get("WANDB_API_KEY") or not (files := open_secret_files(environ)):
+        return []
+    names = " ".join(map(str, files))
+    return [
+        f"log.wandb=online: {names} can be read by others; chmod 600 {names}, and renew the keys "
+        "in it if the machine is shared"
+    ]
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -96,6 +96,7 @@ class SlurmJob:
             with ``FOLDER/plan.json`` as input, and a node that fails does not end the others.
         requeue: start again when a node is lost, or as ``launch.job_end`` decides.
         output: of the job's script; None is ``FOLDER/logs/job-%j.out``.
+        shared: the Unix group may read what the job writes.
         max_lives, max_idle_lives: see ``launch.job_end``.
     """
 
@@ -126,6 +127,7 @@ class SlurmJob:
     each_node: bool = False
     requeue: bool = True
     output: str | None = None
+    shared: bool = False
     max_lives: int = 20
     max_idle_lives: int = 3
 
@@ -185,6 +187,7 @@ def job_of(cluster: ClusterConfig, name: str, folder: str, code: str) -> SlurmJo
         mpi=site.mpi or "none",
         scratch=site.local_scratch,
         offline=site.internet is not True,
+        shared=cluster.share_with_group,
         max_lives=cluster.max_lives,
         max_idle_lives=cluster.max_lives_without_progress,
     )

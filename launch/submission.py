@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launch import ROOT, sbatch
+from launch.file_modes import private_files
 from launch.job_folder import (
     forget_stop,
     freeze,
     measured_seconds,
-    private_files,
     read_submission,
     record,
     refuse_in_use,
@@ -24,6 +24,7 @@ from launch.job_folder import (
 )
 from launch.planning import plan_config
 from launch.run_folder import writing
+from launch.secrets import open_file_problems
 from launch.slurm import SHORT_SIGNAL_S, SlurmJob, job_of, one_task
 from launch.snapshot import copy_code
 from trainer.config import ClusterConfig, RunConfig, load_config
@@ -113,7 +114,7 @@ def submit_draft(checked: Draft) -> tuple[str, str | None]:
     folder = Path(checked.job.folder)
     sbatch.require_slurm(checked.config.cluster.site.name)
     refuse_in_use(folder)
-    with private_files():
+    with private_files(checked.config.cluster.share_with_group):
         forget_stop(folder)
         changes = freeze(folder, checked.config)
         script = write_job(checked.job)
@@ -159,7 +160,7 @@ def submit_array(drafts: Sequence[Draft], folder: Path, at_once: int) -> str:
         signal_s=max(each.job.signal_s for each in drafts),
         prepares=any(each.job.prepares for each in drafts),
     )
-    with private_files():
+    with private_files(first.config.cluster.share_with_group):
         for each in drafts:
             forget_stop(Path(each.job.folder))
         changes = [freeze(Path(each.job.folder), each.config) for each in drafts]
@@ -202,7 +203,7 @@ def submit_command(
     sbatch.require_slurm(cluster.site.name)
     job = job_of(cluster, name, str(folder), str(folder / CODE))
     job = replace(one_task(job, tuple(argv), cluster), parents=tuple(parents))
-    with private_files():
+    with private_files(cluster.share_with_group):
         return sbatch.submit_script(write_job(job))
 
 
@@ -224,7 +225,7 @@ def enter_job(values: Mapping[str, Any]) -> Path:
         return folder
     checked = draft(values, folder)
     refuse_in_use(folder, own_job=job)
-    with private_files():
+    with private_files(checked.config.cluster.share_with_group):
         forget_stop(folder)
         changes = freeze(folder, checked.config)
         copy_code(folder / CODE)
@@ -280,6 +281,8 @@ def _check_nodes(config: RunConfig) -> Iterator[str]:
             f"log.wandb=online: compute nodes of {site.name} do not reach the internet; use "
             "log.wandb=offline and `wandb sync` afterwards"
         )
+    if config.log.wandb == "online":
+        yield from open_file_problems(os.environ)
     if arch is not None and arch != platform.machine() and cluster.image is None:
         yield (
             f"the nodes are {arch}, this machine is {platform.machine()}: its Python does not run "

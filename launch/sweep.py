@@ -17,6 +17,7 @@ from rich.table import Table
 
 from launch import run_folder
 from launch.compose import compose_values, expand_sweep
+from launch.file_modes import private_files, wants_sharing
 from launch.graph.lineage import changed_values
 from launch.job_folder import read_submission, refuse_in_use
 from trainer.config import ClusterConfig, load_config
@@ -156,7 +157,8 @@ def _start(task: Task) -> int:
     from launch import run
 
     try:
-        return run.start_ranks(task.values)
+        with private_files(wants_sharing(task.values)):
+            return run.start_ranks(task.values)
     except KuroshioError as error:
         print(f"kuroshio: {task.folder}: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
+from launch.secrets import open_file_problems
 from trainer.config import RunConfig, build, validate
 from trainer.errors import ConfigError
 from trainer.stage import Stage
@@ -32,6 +34,8 @@ def build_run(values: dict[str, Any]) -> Run:
     stage = build_stage(section, problems) if isinstance(section, dict) else None
     if config is not None:
         problems += validate(config)
+        if config.log.wandb == "online":
+            problems += open_file_problems(os.environ)
         if stage is not None:
             problems += stage.check(config)
     if problems or config is None or stage is None:

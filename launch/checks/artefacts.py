@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.checks.finding import Finding, error, ok, warning
 from launch.checks.probe import StoreFacts, ask_store
+from launch.secrets import open_secret_files
 from trainer.config import RunConfig
 
 TOPIC = "artefacts"
@@ -32,6 +34,7 @@ class ArtefactFacts:
         store: which of them are prepared.
         internet: of the compute nodes, by the profile; None if unknown.
         wandb: log.wandb.
+        open_files: with keys of the user, readable by others.
     """
 
     model: str | None = None
@@ -43,6 +46,7 @@ class ArtefactFacts:
     store: StoreFacts = NO_STORE
     internet: bool | None = None
     wandb: str = "off"
+    open_files: list[str] = field(default_factory=list)
 
 
 def gather(config: RunConfig) -> ArtefactFacts:
@@ -62,6 +66,7 @@ def gather(config: RunConfig) -> ArtefactFacts:
         store=ask_store(dataclasses.asdict(config)) if readable else NO_STORE,
         internet=config.cluster.site.internet,
         wandb=config.log.wandb,
+        open_files=[str(path) for path in open_secret_files(os.environ)],
     )
 
 
@@ -105,6 +110,10 @@ def judge(facts: ArtefactFacts) -> list[Finding]:
         why = "compute nodes have no internet: wandb would wait, then fail"
         remedy = "log.wandb=offline; `wandb sync` sends it from the login node"
         findings.append(error(TOPIC, "log.wandb=online", why, remedy))
+    if facts.open_files:
+        why = "others on this machine may read your keys in it"
+        remedy = f"chmod 600 {' '.join(facts.open_files)}, and renew the keys"
+        findings.append(error(TOPIC, f"{', '.join(facts.open_files)} is open", why, remedy))
     return findings
 
 

@@ -18,7 +18,8 @@ from launch.checks.finding import Finding, error
 from launch.checks.rank_plan import CheckPlan, read_plan
 from launch.checks.report import MAX_PROBLEM_CHARS, read_lines
 from launch.checks.verdict import Reports
-from launch.job_folder import private_files, write_job
+from launch.file_modes import private_files
+from launch.job_folder import write_job
 from launch.local import threads_per_rank
 from launch.rendezvous import free_port
 from launch.run_folder import writing
@@ -65,7 +66,7 @@ def name_folder(config: RunConfig) -> Path:
 def run_here(plan: CheckPlan) -> None:
     """Start the ranks on this machine and wait for them."""
     folder, host = Path(plan.folder), socket.gethostname()
-    with writing(folder):
+    with private_files(), writing(folder):
         (folder / NODES).mkdir(parents=True)
         (folder / PLAN).write_text(plan.write(), encoding="utf-8")
         (folder / HOSTS).write_text(f"{host}\n", encoding="utf-8")

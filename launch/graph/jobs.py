@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from launch import sbatch
+from launch.file_modes import private_files, wants_sharing
 from launch.graph import lineage, progress
 from launch.graph.check import Values, check_sources, compose_runs
 from launch.graph.definition import Pipeline, Step, read_pipeline
@@ -47,7 +48,8 @@ def main(words: Sequence[str]) -> int:
     for name, state in states.items():
         if name in table.steps and name not in todo:
             table = table.changed(name, state=state.state, job=state.job)
-    with sbatch.all_or_none() as submitted:
+    shared = any(map(wants_sharing, composed.values()))
+    with private_files(shared), sbatch.all_or_none() as submitted:
         for name in todo:
             _drop(states.get(name))
             job = _submit(pipeline, pipeline.steps[name], composed, drafts, table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +261,21 @@ def test_build_run_refuses_a_stage_section_that_is_none() -> None:
     del composed["stage"]
     with pytest.raises(ConfigError, match="stage is missing"):
         build_run(composed)
+
+
+@pytest.mark.usefixtures("note_stage")
+@pytest.mark.parametrize(("shared", "hidden"), [("false", 0o077), ("true", 0o027)])
+def test_who_may_read_what_a_run_writes(tmp_path: Path, shared: str, hidden: int) -> None:
+    run_dir = tmp_path / "run"
+    content = values(run_dir, f"cluster.share_with_group={shared}")
+    before = os.umask(0o022)
+    try:
+        run.main(["--config", write_config(tmp_path / "whole.yaml", content)])
+        assert os.umask(0o022) == 0o022  # outside of a run it is the user's own
+    finally:
+        os.umask(before)
+    written = [run_dir, *run_dir.rglob("*")]
+    assert {"config.yaml", "lives.jsonl", "logs", "note"} <= {path.name for path in written}
+    for path in written:
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~hidden, path

@@ -17,8 +17,8 @@ from launch.rank_log import RankLog
 from launch.secrets import (
     flatten,
     looks_secret,
+    open_file_problems,
     open_secret_files,
-    refuse_open_files,
     refuse_secrets,
 )
 from launch.tenancy import record_end
@@ -180,13 +180,14 @@ def test_files_with_keys_are_the_users_alone(tmp_path: Path) -> None:
     for path in (netrc, token):
         path.write_text("machine api.wandb.ai login user password x")
         path.chmod(0o600)
-    refuse_open_files(environ)
+    assert open_file_problems(environ) == []
     token.chmod(0o604)
     netrc.chmod(0o640)
     assert open_secret_files(environ) == [netrc, token]
-    with pytest.raises(ConfigError, match=rf"chmod 600 {netrc} {token}"):
-        refuse_open_files(environ)
-    refuse_open_files({**environ, "WANDB_API_KEY": WANDB})  # then wandb reads no file
+    (problem,) = open_file_problems(environ)
+    assert f"chmod 600 {netrc} {token}, and renew" in problem
+    with_key = {**environ, "WANDB_API_KEY": WANDB}  # then wandb reads no file
+    assert open_file_problems(with_key) == []
     assert open_secret_files({**environ, "NETRC": "/none", "HF_HOME": "/none"}) == []
 
 

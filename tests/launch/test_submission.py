@@ -442,3 +442,28 @@ def test_a_run_that_has_saved_says_how_long_that_takes(compose: Compose, tmp_pat
     assert submission.draft(compose(), tmp_path / "run").job.signal_s == 60 + 5 + 800
     (folder / "manifest.json").write_text("", encoding="utf-8")  # of a node that lost power
     assert submission.draft(compose(), tmp_path / "run").job.signal_s == 60 + 5 + 18
+
+
+def test_a_group_may_be_let_in(slurm: FakeSlurm, compose: Compose, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        submission.submit_run(compose("cluster.share_with_group=true"), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert "\numask 027\n" in (tmp_path / "run/job.sbatch").read_text()
+    for path in [tmp_path / "run", *(tmp_path / "run").glob("*")]:  # in code/, as in the checkout
+        mode = path.stat().st_mode & 0o777
+        assert mode & 0o027 == 0 and mode & 0o040, path
+
+
+def test_keys_in_open_files_are_no_keys_for_a_job(
+    compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x")
+    (tmp_path / ".netrc").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"log.wandb=online: .*\.netrc can be read by others"):
+        submission.draft(compose("log.wandb=online"), tmp_path / "run")
+    (tmp_path / ".netrc").chmod(0o600)
+    submission.draft(compose("log.wandb=online"), tmp_path / "run")

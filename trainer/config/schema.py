@@ -237,5 +237,6 @@ class RunConfig:
     schedule: ScheduleConfig
     peft: PeftConfig
     loop: LoopConfig
+    share_with_group: bool = False  # your Unix group may read run folders and token stores
     log: LogConfig
     cluster: ClusterConfig

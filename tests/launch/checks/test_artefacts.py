@@ -57,3 +57,8 @@ def test_gaps_of_a_tokenizer(tmp_path: Path) -> None:
     assert "tokenizer.json" in find_tokenizer_gaps(tmp_path)[0]
     (tmp_path / "tokenizer.json").touch()
     assert find_tokenizer_gaps(tmp_path) == []
+
+
+def test_open_files_with_keys_are_an_error() -> None:
+    (finding,) = [f for f in judge(replace(FINE, open_files=["/h/.netrc"])) if f.level == "error"]
+    assert "/h/.netrc is open" in finding.what and "chmod 600 /h/.netrc" in finding.remedy
