@@ -20,7 +20,7 @@ from launch.slurm_queue import array_task, job_state
 from launch.tenancy import record_end
 from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE
 from trainer.lease import read_holder
-from trainer.lives import append_line, newest_step, read_lives, slurm_life, utc_now
+from trainer.lives import append_line, cut_saves, newest_step, read_lives, slurm_life, utc_now
 
 REQUEUE_WAIT_S = 60  # for Slurm to end the script of a job that it has requeued
 RETRY_AFTER_S = (5, 15, 40)  # a controller that restarts must not cost the run its next lives
@@ -114,8 +114,11 @@ def decide(end: LifeEnd) -> Decision:
     )
 
 
-def describe_code(code: int) -> str:
-    """Return what srun's exit code says where no rank left a word."""
+def describe_code(code: int, said: str = "") -> str:
+    """Return what srun's exit code says where no rank left a word, but perhaps a node."""
+    words = [line[10:] for line in said.splitlines() if line.startswith("kuroshio: ")]
+    if words:
+        return "; ".join(words)
     if code > 128:
         return f"the ranks were killed by signal {code - 128} before one could say why"
     return f"srun exited {code} and no rank said why: see the job's log"
@@ -143,6 +146,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.job_end", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--code", type=int, required=True)
+    # What nodes printed that were looked at before the ranks.
+    parser.add_argument("--said", default="")
     parser.add_argument("--max-lives", type=int, required=True)
     parser.add_argument("--max-lives-without-progress", type=int, required=True)
     # In a container there is no squeue: the script asks it. Empty: it did not answer.
@@ -192,7 +197,8 @@ def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any])
     own = [life for life in lives if life.get("restart") == this["restart"]]
     if not own or "ended" not in own[-1]:
         token = own[-1].get("token") if own else None
-        reason = describe_code(options.code) if options.code else "finished"
+        reason = describe_code(options.code, options.said) if options.code else "finished"
+        reason = "; ".join([reason, *cut_saves(run_dir, token)])
         with _despite_storage(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             record_end(run_dir, token, os.environ, exit_code=options.code, reason=reason)

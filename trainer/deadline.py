@@ -42,6 +42,7 @@ class Deadline:
         left = 0.0 if time_limit is None else max(0.0, time_limit - clock())
         self._guess = min(FIRST_SAVE_S, FIRST_SAVE_SHARE * left)
         self._expected: dict[str, float] = {}
+        self._save_begun: float | None = None  # of a save that goes on beside training
 
     def expect(self, seconds: Mapping[str, float]) -> None:
         """Take over what an earlier life measured, until this one has figures of its own."""
@@ -52,7 +53,19 @@ class Deadline:
         """Measure a piece of work."""
         start = self._clock()
         yield
-        self._measured.setdefault(work, deque(maxlen=WINDOW)).append(self._clock() - start)
+        self._note(work, self._clock() - start)
+
+    def begin_save(self) -> None:
+        """Note that a save has begun, which may go on while training does."""
+        self._save_begun = self._clock()
+
+    def end_save(self, seconds: float) -> None:
+        """Note that it is committed, and what it took from its beginning on."""
+        self._save_begun = None
+        self._note("save", seconds)
+
+    def _note(self, work: Work, seconds: float) -> None:
+        self._measured.setdefault(work, deque(maxlen=WINDOW)).append(seconds)
 
     def seconds(self, work: str) -> float:
         """Return what a piece of work takes: measured, or a guess for a save, or 0."""
@@ -66,12 +79,16 @@ class Deadline:
     def shortage(self, work: Work = "save") -> str:
         """Return why ``work`` must not be begun any more, empty if there is time for it.
 
-        A save, which is kept free at the end, may follow on anything else.
+        A save, which is kept free at the end, may follow on anything else; before it, one that
+        is under way has to end.
         """
         if self.time_limit is None:
             return ""
-        parts = dict.fromkeys((work, "save"))
-        seconds = {part: self.seconds(part) for part in parts}
+        seconds = {str(part): self.seconds(part) for part in (work, "save")}
+        if self._save_begun is not None:
+            elapsed = self._clock() - self._save_begun
+            seconds["save"] = max(seconds["save"], elapsed)
+            seconds["save under way"] = seconds["save"] - elapsed
         left = self.time_limit - self._clock()
         if left >= MARGIN * sum(seconds.values()) + LEAVE_S:
             return ""

@@ -16,6 +16,7 @@ from typing import Any
 
 LIVES_NAME = "lives.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+BEGUN_NAME = "begun.json"  # in the folder of a save under way: which step, since when, why
 Life = dict[str, Any]
 
 
@@ -49,9 +50,9 @@ def read_lives(run_dir: Path) -> list[Life]:
     """Return the lives of a run in the order of their starts, each with its end as far as known.
 
     Fields of a start: ``started, token, host, job, restart, launcher, world_size, directory,
-    first_step, changes, code``; of an end: ``ended, exit_code, reason, cause, rank, step`` (newest
-    checkpoint); of a job script's decision: ``decision, decision_reason``. A life that failed
-    before it began has no ``started``.
+    first_step, changes, code, config`` (hashes of the last two); of an end: ``ended, exit_code,
+    reason, cause, rank, step`` (newest checkpoint); of a job script's decision: ``decision,
+    decision_reason``. A life that failed before it began has no ``started``.
     """
     lives: list[Life] = []
     for line in _read_lines(run_dir / LIVES_NAME):
@@ -86,6 +87,36 @@ def _read_lines(path: Path) -> Iterator[Life]:
                 continue
             if isinstance(line, dict):
                 yield line
+
+
+def cut_saves(run_dir: Path, token: int | None = None) -> list[str]:
+    """Return, of saves that a life began and did not commit, what is known of each.
+
+    Args:
+        run_dir: the run's folder.
+        token: of that life; None: of any.
+    """
+    life = "" if token is None else f".life_{token}"
+    notes = (run_dir / CHECKPOINTS_NAME).glob(f".step_*{life}.tmp/{BEGUN_NAME}")
+    return [_describe_cut(path) for path in sorted(notes)]
+
+
+def _describe_cut(path: Path) -> str:
+    """Say which save was cut off, and whether it had too little time after a request to stop."""
+    step = path.parent.name[len(".step_") :].partition(".")[0]
+    what = f"the save of step {int(step) if step.isdecimal() else step} was cut off"
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        begun, stop = note["begun"], note["stop"]
+    except (OSError, ValueError, KeyError, TypeError):  # cut off in this very file
+        return f"{what}; what there is of it is ignored"
+    if not stop:
+        return f"{what} (begun {begun}); what there is of it is ignored"
+    return (
+        f"{what}: begun {begun} because of {stop}, it took longer than what was left (the grace "
+        "time was too short); what there is of it is ignored. Let the signal come earlier, save "
+        "more often (loop.save_every), or save less in a rank (more ranks, peft=lora)"
+    )
 
 
 def newest_step(run_dir: Path) -> int:

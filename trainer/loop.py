@@ -24,6 +24,7 @@ from trainer.engine.collectives import (
 )
 from trainer.engine.committed import Checkpoint, describe_layout, find_newest
 from trainer.engine.engine import Engine
+from trainer.engine.saver import Saved, Saver
 from trainer.environment import name_device
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters
@@ -109,13 +110,16 @@ def fit(stage: TrainStage, context: Context) -> None:
     """Resume, step until ``max_steps`` or a stop that all ranks agree on, log, evaluate, save."""
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
     with stop_request(context).listening() as stop:
-        last = find_newest(folder)
+        last = find_newest(folder, loop.damaged)
         step = last.step if last else 0
         evaluated = bool(last and step and last.state["evaluated"])
         if step >= loop.max_steps and evaluated:
             LOG.warning("%s is finished at step %d: nothing to do", context.run_dir, step)
             return
-        with closing(stage.setup(context, step)) as sinks:
+        with (
+            closing(stage.setup(context, step)) as sinks,
+            make_saver(stage, context, sinks, stop) as saver,
+        ):
             batches = stage.batches(last.state if last else None)
             if last:
                 resume(stage, context, last, stop, sinks)
@@ -131,9 +135,11 @@ def fit(stage: TrainStage, context: Context) -> None:
                 evaluated = evaluate_if_due(stage, sinks, step, stop, loop)
                 is_saved = is_due(step, loop.save_every, loop)
                 if is_saved:
-                    save(stage, context, sinks, step, evaluated, stop.deadline)
+                    save(stage, context, saver, step, evaluated, stop)
+                saver.poll()
             if not is_saved:
-                save(stage, context, sinks, step, evaluated, stop.deadline)
+                save(stage, context, saver, step, evaluated, stop)
+            saver.wait()  # before anybody is told that the run has ended well
             heartbeat.beat("leave", step)
             if step < loop.max_steps or not evaluated:
                 raise stop.honoured(step)
@@ -186,6 +192,24 @@ def describe_ranks(stage: TrainStage, context: Context) -> str:
     return name_ranks(context.world_size, name_device(stage.policy.device))
 
 
+def make_saver(stage: TrainStage, context: Context, sinks: Sinks, stop: StopRequest) -> Saver:
+    """Return what saves the stage; what a thread of it cannot do ends the run at the next step."""
+
+    def report(saved: Saved) -> None:
+        stop.deadline.end_save(saved.seconds)
+        times = {"stall_s": round(saved.stall_s, 3), "seconds": round(saved.seconds, 3)}
+        sinks.event(saved.step, "save", checkpoint=saved.path.name, **times)
+
+    return Saver(
+        stage.policy,
+        context.run_dir / "checkpoints",
+        context.config.loop,
+        context.lease,
+        on_failure=lambda: stop.ask("a checkpoint that was not saved"),
+        report=report,
+    )
+
+
 def is_due(step: int, every: int, loop: LoopConfig) -> bool:
     """Return whether what is done each ``every`` steps (0: at the end only) is due."""
     return step == loop.max_steps or bool(every and step % every == 0)
@@ -210,18 +234,16 @@ def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
 def save(
     stage: TrainStage,
     context: Context,
-    sinks: Sinks,
+    saver: Saver,
     step: int,
     evaluated: bool,
-    deadline: Deadline,
+    stop: StopRequest,
 ) -> None:
-    """Commit a checkpoint of finite weights, then delete old ones."""
-    loop, folder = context.config.loop, context.run_dir / "checkpoints"
+    """Begin to save finite weights; before that, the checkpoint before it is committed."""
     stage.guard.check()
     state = {**stage.state(), "evaluated": evaluated, "num_overflows": stage.guard.num_overflows}
-    state["seconds"] = {describe_ranks(stage, context): deadline.measured()}
-    with stage.meters.pause(), deadline.timed("save"), heartbeat.phase("save", step):
-        path = checkpoint.save(stage.policy, folder, step, state, context.lease)
-        if context.rank == 0:
-            checkpoint.rotate(folder, step, keep_last=loop.keep_last, keep_every=loop.keep_every)
-    sinks.event(step, "save", checkpoint=path.name)
+    with stage.meters.pause(), heartbeat.phase("save", step):
+        saver.wait()
+        stop.deadline.begin_save()
+        state["seconds"] = {describe_ranks(stage, context): stop.deadline.measured()}
+        saver.begin(step, state, stop.cause)

@@ -48,6 +48,10 @@ class StopRequest:
             self._stop_file.unlink(missing_ok=True)
         return StopRequestedError(step, self.cause)
 
+    def ask(self, cause: str) -> None:
+        """Ask for a stop; also from another thread, whose failure the main one will raise."""
+        self.cause = self.cause or cause
+
     def _is_due(self, work: Work) -> bool:
         if not self.cause:
             self.cause = self._look_for_file() or self.deadline.shortage(work)
@@ -61,7 +65,7 @@ class StopRequest:
         return STOP_FILE_CAUSE if self._stop_file.exists() else ""
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.cause = self.cause or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:

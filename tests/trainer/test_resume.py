@@ -218,13 +218,14 @@ def test_kill_inside_a_save_leaves_the_checkpoint_before_it(vary: Vary, tmp_path
 
 
 def test_rotation_deletes_only_what_it_should(tmp_path: Path) -> None:
-    from trainer.engine import checkpoint
+    from trainer.config import LoopConfig
+    from trainer.engine.rotation import rotate
 
     for step in (2, 4, 6, 8, 10, 12):
         (tmp_path / f"step_{step:08d}").mkdir()
     (tmp_path / ".step_00000014.tmp").mkdir()
     # 12 is damaged and was walked over: it takes no place among the two kept.
-    deleted = checkpoint.rotate(tmp_path, 10, keep_last=2, keep_every=4)
+    deleted = rotate(tmp_path, 10, LoopConfig(keep_last=2, keep_every=4))
     assert {path.name for path in deleted} == {f"step_{s:08d}" for s in (2, 6, 12)}
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{s:08d}" for s in (4, 8, 10)]
 

@@ -136,6 +136,10 @@ class LoopConfig:
     save_every: int = 0  # 0 = at the end only
     keep_last: int = 2  # checkpoints kept, newest first
     keep_every: int = 0  # steps; checkpoints at multiples are never deleted (0 = none)
+    keep_gb: float | None = None  # of all checkpoints, the one being written included
+    save_async: bool = True  # false: training stands still until a checkpoint is on the disk
+    staging_dir: str | None = None  # node-local folder that takes the copy in place of host memory
+    damaged: Literal["walk_back", "refuse"] = "walk_back"  # when the newest checkpoint is
     seed: int = 0
 
 

@@ -3,161 +3,230 @@
 ``checkpoints/step_00000040/`` holds ``manifest.json`` (state, sizes, SHA-256 of every file) and
 one ``rank_00000.safetensors`` per rank with that rank's fragments: ``name|master@offset`` and so
 on, 1-D fp32. Frozen weights are not written. Nothing depends on ZeRO stage, offload or world size.
+
+This module knows what a checkpoint is made of and reads it back; ``saver.py`` says when.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from trainer.engine import collectives
-from trainer.engine.committed import FORMAT, Checkpoint, Reader, hash_file, list_steps
+from trainer.engine.committed import Checkpoint, Reader
 from trainer.engine.fragments import get_adam_step, set_adam_step
+from trainer.engine.manifest import FORMAT, MANIFEST_NAME
 from trainer.engine.precision import load_scaler_state, scaler_state
+from trainer.engine.shard_file import sync_folder, write_json
 from trainer.errors import CheckpointError, LeaseError, StorageError
+from trainer.faults import reach
 from trainer.lease import Lease
+from trainer.lives import BEGUN_NAME, utc_now
 
 if TYPE_CHECKING:  # exporting reads checkpoints without DeepSpeed
     from trainer.engine.engine import Engine
 
-LOG = logging.getLogger(__name__)
+BYTES_PER_WEIGHT = 12  # fp32 master and two moments
 
 
-def save(
+def shard_name(rank: int) -> str:
+    """Return the name of a rank's shard."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def iterate_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this rank's tensors [numel] by key, each valid until the next is asked for."""
+    for fragment in engine.fragments():
+        for kind, view in fragment.tensors().items():
+            yield f"{fragment.name}|{kind}@{fragment.offset}", view
+
+
+def describe_shapes(engine: Engine) -> dict[str, list[int]]:
+    """Return the whole shapes of the trained parameters."""
+    return {
+        name: list(vars(param).get("ds_shape", param.shape))
+        for name, param in engine.trainable().items()
+    }
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is being written, and what of its manifest is known before its files.
+
+    Attributes:
+        folder: the run's ``checkpoints`` folder.
+        rank: of this process.
+        manifest: without ``files``; rank 0's is written.
+        lease: the right to write there; None where nobody else can.
+    """
+
+    folder: Path
+    rank: int
+    manifest: dict[str, Any]
+    lease: Lease | None = None
+
+    @property
+    def step(self) -> int:
+        """Return the optimizer steps done."""
+        return int(self.manifest["step"])
+
+    @property
+    def aside(self) -> Path:
+        """Return where it is written; a life's own name, as ranks of an older one may write it."""
+        life = f".life_{self.lease.token}" if self.lease else ""
+        return self.folder / f".step_{self.step:08d}{life}.tmp"
+
+    @property
+    def final(self) -> Path:
+        """Return where it counts."""
+        return self.folder / f"step_{self.step:08d}"
+
+    @property
+    def shard(self) -> Path:
+        """Return this rank's file."""
+        return self.aside / shard_name(self.rank)
+
+
+def draft_checkpoint(
     engine: Engine, folder: Path, step: int, state: dict[str, Any], lease: Lease | None = None
-) -> Path:
-    """Write a checkpoint on every rank and commit it.
+) -> Draft:
+    """Return the draft of a checkpoint of this moment.
 
     Args:
         engine: the trained engine.
         folder: the run's ``checkpoints`` folder.
         step: optimizer steps done.
-        state: what else resumes (JSON-able; rank 0's is written).
+        state: what else resumes (JSON-able).
         lease: the right to write there; None where nobody else can.
-
-    Returns:
-        The committed folder.
-
-    Raises:
-        StorageError: disk full or quota reached; nothing committed before is touched.
-        LeaseError: a newer life owns the folder; nothing is touched.
     """
-    # A life's own name: ranks of an older one may be writing the same step.
-    life = f".life_{lease.token}" if lease else ""
-    aside, final = folder / f".step_{step:08d}{life}.tmp", folder / f"step_{step:08d}"
     scaler = scaler_state(engine.optimizer) if engine.precision == "fp16" else {}
     state = {"adam_step": get_adam_step(engine.optimizer), "scaler": scaler, **state}
-    _together(lambda: _start(aside, engine.rank == 0, lease), folder, aside)
-    _together(lambda: _write_rank(engine, aside), folder, aside)
-
-    def commit() -> None:
-        if engine.rank == 0:
-            _commit(aside, final, _describe(engine, aside, step, state), lease)
-
-    _together(commit, folder, aside)
-    return final
-
-
-def _together(work: Any, folder: Path, aside: Path) -> None:
-    """Run ``work`` on this rank; if it failed on any, clean up and raise on all."""
-    failure: Exception | None = None
-    try:
-        work()
-    except (OSError, SafetensorError, LeaseError) as error:
-        failure = error
-    if not collectives.any_over_ranks(failure is not None):
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-    if isinstance(failure, LeaseError):
-        raise failure
-    raise StorageError(_storage_message(folder, failure)) from failure
-
-
-def _storage_message(folder: Path, failure: Exception | None) -> str:
-    if failure is None:
-        return f"checkpoint in {folder} was not saved: another rank could not write its part"
-    where = folder
-    while not where.exists():
-        where = where.parent
-    free = shutil.disk_usage(where).free
-    # safetensors keeps the number of the system's error in its message only.
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    full = any(f"rrno {n}]" in str(failure) or f"os error {n})" in str(failure) for n in numbers)
-    cause = "disk full or quota reached" if full else f"{type(failure).__name__}: {failure}"
-    return (
-        f"checkpoint in {folder} was not saved: {cause} ({free / 1e6:.1f} MB free). Earlier "
-        "checkpoints are intact; free space or lower loop.keep_last, then start the same command"
-    )
-
-
-def _start(aside: Path, is_main: bool, lease: Lease | None) -> None:
-    if lease:
-        lease.check()
-    if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-
-
-def _write_rank(engine: Engine, aside: Path) -> None:
-    """Write this rank's fragments and, beside them, their size, hash and shapes."""
-    tensors: dict[str, torch.Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    for fragment in engine.fragments():
-        shapes[fragment.name] = list(fragment.shape)
-        for kind, view in fragment.tensors().items():
-            # NVMe buffers are reused for the next sub-group, and safetensors wants own storage.
-            copy = view.detach().to("cpu", copy=True)
-            tensors[f"{fragment.name}|{kind}@{fragment.offset}"] = copy
-    path = aside / f"rank_{engine.rank:05d}.safetensors"
-    save_file(tensors, path)
-    _fsync(path)
-    facts = {"bytes": path.stat().st_size, "sha256": hash_file(path), "shapes": shapes}
-    write_json(aside / f"rank_{engine.rank:05d}.json", facts)
-
-
-def _describe(engine: Engine, aside: Path, step: int, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest, gathered from the ranks' side files."""
-    files, shapes = {}, {}
-    for rank in range(engine.world_size):
-        facts = json.loads((aside / f"rank_{rank:05d}.json").read_text())
-        shapes.update(facts.pop("shapes"))
-        files[f"rank_{rank:05d}.safetensors"] = facts
-    return {
+    manifest = {
         "format": FORMAT,
         "step": step,
         "world_size": engine.world_size,
         "zero_stage": engine.config.zero_stage,
         "precision": engine.precision,
-        "files": files,
-        "parameters": dict(sorted(shapes.items())),
-        "state": state,
+        "parameters": dict(sorted(describe_shapes(engine).items())),
+        "state": json.loads(json.dumps(state)),  # a copy: the stage goes on changing its own
     }
+    return Draft(folder, engine.rank, manifest, lease)
+
+
+def begin(draft: Draft, stop: str) -> None:
+    """Make the folder that takes the ranks' files, on rank 0; check the lease on every rank.
+
+    Args:
+        draft: what is saved.
+        stop: what asked for a save at the end of this life, empty for a save of the rhythm.
+    """
+    if draft.lease:
+        draft.lease.check()
+    if draft.rank != 0:
+        return
+    shutil.rmtree(draft.aside, ignore_errors=True)
+    draft.aside.mkdir(parents=True)
+    note = {"step": draft.step, "stop": stop, "begun": utc_now()}
+    (draft.aside / BEGUN_NAME).write_text(json.dumps(note))
+
+
+def finish_shard(draft: Draft, facts: dict[str, Any]) -> None:
+    """Say that this rank's file is whole: a side file with its size and hash."""
+    write_json(draft.shard.with_suffix(".json"), facts)
+
+
+def missing_ranks(draft: Draft) -> list[int]:
+    """Return the ranks that have not said so yet."""
+    # A listing, since a name that was asked for too early may stay cached as absent.
+    names = {path.name for path in draft.aside.iterdir()}
+    ranks = range(draft.manifest["world_size"])
+    return [rank for rank in ranks if Path(shard_name(rank)).with_suffix(".json").name not in names]
+
+
+def commit(draft: Draft) -> None:
+    """Make a checkpoint count whose ranks have all finished; rank 0's work.
+
+    Raises:
+        LeaseError: a newer life owns the folder; nothing in it is touched.
+    """
+    files = {}
+    for rank in range(draft.manifest["world_size"]):
+        side_file = draft.aside / Path(shard_name(rank)).with_suffix(".json")
+        files[shard_name(rank)] = json.loads(side_file.read_text())
+    _commit(draft.aside, draft.final, {**draft.manifest, "files": files}, draft.lease)
 
 
 def _commit(aside: Path, final: Path, manifest: dict[str, Any], lease: Lease | None) -> None:
-    """Make the checkpoint count: manifest last, then one rename."""
-    write_json(aside / "manifest.json", manifest)
-    for side_file in aside.glob("rank_*.json"):
-        side_file.unlink()
-    _fsync(aside)
+    """Write the manifest last, then rename once."""
+    reach("commit", step=manifest["step"])
+    write_json(aside / MANIFEST_NAME, manifest)
+    for extra in (*aside.glob("rank_*.json"), aside / BEGUN_NAME):
+        extra.unlink(missing_ok=True)
+    sync_folder(aside)
     old = final.with_name(f".{final.name}.old")
     if lease:
         lease.check()
     if final.exists():  # the same step saved again: there is one of the two at every moment
         final.rename(old)
     aside.rename(final)
-    _fsync(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def together(work: Callable[[], object], draft: Draft) -> None:
+    """Do ``work`` on this rank; if it failed on any, clean up and raise on all."""
+    failure: Exception | None = None
+    try:
+        work()
+    except (OSError, LeaseError) as error:
+        failure = error
+    raise_together(failure, draft)
+
+
+def raise_together(failure: Exception | None, draft: Draft) -> None:
+    """Raise on every rank if any has a failure; what was written of the draft is deleted.
+
+    Raises:
+        StorageError: disk full, quota reached or the like; nothing committed before is touched.
+        LeaseError: a newer life owns the folder; nothing there is touched.
+    """
+    if not collectives.any_over_ranks(failure is not None):
+        return
+    message = storage_message(draft.folder, failure)
+    shutil.rmtree(draft.aside, ignore_errors=True)
+    if draft.lease:
+        draft.lease.check()  # also on the ranks that did not look
+    if failure is not None and not isinstance(failure, OSError):
+        raise failure
+    raise StorageError(message) from failure
+
+
+def storage_message(folder: Path, failure: Exception | None) -> str:
+    """Return what a user reads of a checkpoint that could not be written."""
+    if failure is None:
+        return f"checkpoint in {folder} was not saved: another rank could not write its part"
+    where = Path(getattr(failure, "filename", None) or folder)
+    while not where.exists():
+        where = where.parent
+    room = os.statvfs(where)
+    full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = "disk full or quota reached" if full else type(failure).__name__
+    inodes = f", {room.f_favail} files" if room.f_files else ""
+    return (
+        f"checkpoint in {folder} was not saved: {cause}: {failure} "
+        f"({room.f_bavail * room.f_frsize / 1e6:.1f} MB{inodes} free). Earlier checkpoints are "
+        "intact; free space, or lower loop.keep_last or set loop.keep_gb, then start the same "
+        "command"
+    )
 
 
 def load(engine: Engine, checkpoint: Checkpoint) -> int:
@@ -195,44 +264,3 @@ def _compare_names(trainable: dict[str, Any], saved: dict[str, Any], path: Path)
             f"{path} does not hold this run's trainable parameters: {len(missing)} missing "
             f"{missing[:3]}, {len(extra)} not trained here {extra[:3]}; was peft.mode changed?"
         )
-
-
-def rotate(folder: Path, committed: int, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints on rank 0 after the commit of a step; return what was deleted.
-
-    The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every`` (0 = none).
-    Checkpoints beyond ``committed`` are the damaged ones that this life walked back over.
-    """
-    steps = {path: int(path.name.removeprefix("step_")) for path in list_steps(folder)}
-    ahead = [path for path, step in steps.items() if step > committed]
-    old = [path for path, step in steps.items() if step <= committed][keep_last:]
-    deleted = ahead + [p for p in old if not (keep_every and steps[p] % keep_every == 0)]
-    for path in deleted:
-        _remove(path)
-    for leftover in folder.glob(".step_*.tmp"):
-        _remove(leftover)
-    return deleted
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder; what cannot be deleted now is no reason to stop a run."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        LOG.warning("old checkpoint %s could not be deleted: %s", path, error)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON durably: aside, fsync, rename."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
-    _fsync(aside)
-    aside.rename(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

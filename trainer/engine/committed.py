@@ -19,7 +19,14 @@ from safetensors import safe_open
 
 from trainer import heartbeat
 from trainer.engine import collectives
-from trainer.engine.manifest import FORMAT, file_problem, hash_file, list_steps, read_manifest
+from trainer.engine.manifest import (
+    FORMAT,
+    file_problem,
+    hash_file,
+    list_steps,
+    list_strangers,
+    read_manifest,
+)
 from trainer.errors import CheckpointError
 
 __all__ = ["FORMAT", "hash_file", "list_steps"]
@@ -54,17 +61,22 @@ def describe_layout(num_ranks: int, zero_stage: int) -> str:
     return f"{num_ranks} rank{'s' * (num_ranks > 1)}, ZeRO-{zero_stage}"
 
 
-def find_newest(folder: Path) -> Checkpoint | None:
+def find_newest(folder: Path, damaged: str = "walk_back") -> Checkpoint | None:
     """Return the newest complete checkpoint, walking back over damaged ones and saying so.
 
     Rank 0 lists the folder and announces each step, since another node's listing may be stale; all
     ranks share the hashing and agree on the answer.
 
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        damaged: ``refuse`` to walk back.
+
     Returns:
         None when the run has never committed one.
 
     Raises:
-        CheckpointError: checkpoints exist and every one is damaged; never silently from scratch.
+        CheckpointError: checkpoints exist and every one is damaged, or the newest is and
+            ``damaged`` says so; never silently from scratch.
     """
     reasons = []
     for step in _announce_steps(folder):
@@ -72,12 +84,24 @@ def find_newest(folder: Path) -> Checkpoint | None:
         problem = verify(path)
         if not problem:
             return Checkpoint(path, read_manifest(path))
+        if damaged == "refuse":
+            raise CheckpointError(
+                f"loop.damaged=refuse, and the newest checkpoint {path} is damaged ({problem}); "
+                "restore it, delete it to go on from the one before, or use loop.damaged=walk_back"
+            )
         reasons.append(f"{path.name}: {problem}")
         LOG.warning("checkpoint %s is damaged (%s); walking back", path, problem)
     if reasons:
         raise CheckpointError(
             f"no complete checkpoint in {folder}:\n  " + "\n  ".join(reasons) + "\nRestore one, or "
             "remove the folder to start from the beginning on purpose"
+        )
+    strangers = list_strangers(folder)
+    if collectives.any_over_ranks(bool(strangers)):
+        raise CheckpointError(
+            f"{folder} holds no checkpoint under its own name, but {', '.join(strangers)} with a "
+            "manifest; rename it back to step_ and the eight digits of its step, or move it away "
+            "to start from the beginning on purpose"
         )
     return None
 

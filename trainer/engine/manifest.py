@@ -21,8 +21,19 @@ KEYS: dict[str, type] = {"step": int, "state": dict, "parameters": dict, "files"
 
 
 def list_steps(folder: Path) -> list[Path]:
-    """Return committed checkpoint folders, newest first."""
-    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), reverse=True)
+    """Return committed checkpoint folders, newest first; other names are not ours."""
+    return sorted((p for p in folder.glob("step_*") if _is_step(p.name)), reverse=True)
+
+
+def _is_step(name: str) -> bool:
+    digits = name.removeprefix("step_")
+    return digits.isdecimal() and digits.isascii() and name == f"step_{int(digits):08d}"
+
+
+def list_strangers(folder: Path) -> list[str]:
+    """Return names of folders with a manifest that are no checkpoints by their name: renamed."""
+    found = (path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    return sorted(name for name in found if not name.startswith(".") and not _is_step(name))
 
 
 def list_leftovers(folder: Path) -> list[Path]:
@@ -49,6 +60,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if not isinstance(manifest.get(key), kind):
             raise _unreadable(f"{key} is no {kind.__name__}")
+    if _is_step(path.name) and path.name != f"step_{manifest['step']:08d}":
+        raise CheckpointError(f"is of step {manifest['step']} by its manifest: was it renamed?")
     for name, facts in manifest["files"].items():
         if Path(name).name != name or not _describes_file(facts):
             raise _unreadable(f"files.{name} is no plain file with bytes and sha256")

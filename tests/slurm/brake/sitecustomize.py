@@ -32,16 +32,16 @@ def disturb(plan: dict) -> None:
             raise NumericsError(f"loss is NaN at step {step}")
         return train_step(self, step, batches)
 
-    def describe_late(engine, aside, step, state):
-        if step == plan.get("hold_save"):
+    def commit_late(aside, final, manifest, lease):
+        if manifest["step"] == plan.get("hold_save"):
             (run_dir / "held").touch()
             while not (run_dir / "release").exists():
                 time.sleep(0.1)
             (run_dir / "released").touch()
-        return describe(engine, aside, step, state)
+        commit(aside, final, manifest, lease)
 
-    describe = checkpoint._describe
-    loop.TrainStage.train_step, checkpoint._describe = braked_step, describe_late
+    commit = checkpoint._commit
+    loop.TrainStage.train_step, checkpoint._commit = braked_step, commit_late
 
 
 file = Path(__file__).with_name("brake.json")

@@ -47,13 +47,15 @@ def test_a_checkpoint_is_committed_by_the_newest_life_only(
 def test_a_save_of_an_older_life_ends_as_what_it_is_and_cleans_up(
     tmp_path: Path, leases: tuple[Lease, Lease]
 ) -> None:
-    aside = tmp_path / "checkpoints/.step_4.life_1.tmp"
-    aside.mkdir(parents=True)
+    drafts = [checkpoint.Draft(tmp_path / "checkpoints", 0, {"step": 4}, one) for one in leases]
+    drafts[0].aside.mkdir(parents=True)
     with pytest.raises(LeaseError):
-        checkpoint._together(lambda: checkpoint._start(aside, True, leases[0]), aside.parent, aside)
-    assert not aside.exists()
+        checkpoint.together(lambda: checkpoint.begin(drafts[0], ""), drafts[0])
+    assert not drafts[0].aside.exists()
     with pytest.raises(StorageError, match="disk full"):
-        checkpoint._together(lambda: fill_disk(), aside.parent, aside)
+        checkpoint.together(fill_disk, drafts[1])
+    with pytest.raises(LeaseError):  # which was why: whatever its own failure was
+        checkpoint.together(fill_disk, drafts[0])
 
 
 def fill_disk() -> None:
