@@ -1,0 +1,90 @@
+"""Row 22: another process listens where the ranks were to meet."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from cluster_runs import Runs
+from probe_runs import ROOT, RUN, TIMEOUT_S, environment, rank_variables, words
+
+from launch import local, rendezvous
+from trainer.errors import PortTakenError
+from trainer.lives import newest_step, read_lives
+
+LISTEN = """
+import socket, sys
+listener = socket.create_server(("", int(sys.argv[1])), backlog=64)
+print("listening", flush=True)
+listener.accept()
+print("found", flush=True)
+while True:
+    listener.accept()
+"""
+
+
+@pytest.mark.faults(row=22)
+@pytest.mark.slow
+def test_local_ranks_meet_at_another_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(ROOT)
+    with socket.create_server(("", 0)) as listener:
+        taken = listener.getsockname()[1]
+        ports = iter([taken, rendezvous.free_port()])
+        monkeypatch.setattr(local, "free_port", lambda: next(ports))
+        command = [*RUN, *words(tmp_path / "run")]
+        assert local.run_ranks(command, 2, "") == 0
+    said = capfd.readouterr().err
+    assert f"MASTER_PORT={taken} is taken by another process on {socket.gethostname()}" in said
+    assert f"rank 0 exited {PortTakenError.exit_code}" in said and "another port" in said
+    first, second = read_lives(tmp_path / "run")
+    assert (first["exit_code"], second["exit_code"]) == (PortTakenError.exit_code, 0)
+    assert (tmp_path / "run" / "rank1.json").is_file()
+
+
+@pytest.mark.faults(row=22)
+def test_a_port_that_the_user_chose_is_named(tmp_path: Path) -> None:
+    variables = rank_variables()
+    with socket.create_server(("", 0)) as listener:
+        taken = str(listener.getsockname()[1])
+        own = environment(**variables[0] | {"MASTER_PORT": taken})
+        command = [*RUN, *words(tmp_path / "run")]
+        done = subprocess.run(
+            command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    assert done.returncode == PortTakenError.exit_code, done.stderr
+    assert f"kuroshio: MASTER_PORT={taken} is taken by another process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.faults(row=22)
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_job_takes_the_next_port(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
+    before = cluster.submit("#!/bin/bash\n", "--account=MST109001", "--gres=gpu:1")
+    taken = 20000 + (int(before) + 1) % 10000
+    command = [sys.executable, "-u", "-c", LISTEN, str(taken)]
+    nodes = [machine.inside(*command) for n, machine in cluster.machines.items() if n != "switch"]
+    listeners = [
+        subprocess.Popen(node, stdout=subprocess.PIPE, text=True) for node in nodes or [command]
+    ]
+    try:
+        assert all(p.stdout and p.stdout.readline() == "listening\n" for p in listeners)
+        run_dir = tmp_path / "run"
+        values = runs.values(run_dir)
+        values["loop"] |= {"max_steps": 2}
+        job = runs.submit(values)
+        assert int(job) == int(before) + 1
+        cluster.wait(job, "COMPLETED")
+        assert newest_step(run_dir) == 2 and cluster.show(job)["Restarts"] == "0"
+    finally:
+        for process in listeners:
+            process.kill()
+    assert "found" in [p.stdout.read().strip() for p in listeners if p.stdout]
