@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from launch.rendezvous import PARENT_KEY, Rendezvous, free_port
-from trainer.errors import EXIT_RESUME, LostRankError
+from trainer.errors import EXIT_RESUME, LostRankError, PortTakenError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 5.0  # between asking and killing the other ranks once one has died; they cannot save
 LINGER_S = 60.0  # between the first rank that left for a signal and the end of a hanging one
 SETTLE_S = 0.5  # between the first failure seen and the choice of the rank to name
 POLL_S = 0.05
+MAX_PORTS = 3  # tried: one may be taken in the seconds between its choice and its use
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -68,6 +69,20 @@ def run_ranks(
         0, EXIT_RESUME when the ranks stopped for a signal after saving, or the exit code of the
         rank that failed first (128 + n when signal n killed it).
     """
+    code = PortTakenError.exit_code
+    for trial in range(MAX_PORTS):
+        if trial:
+            print("kuroshio: starting the ranks again with another port", file=sys.stderr)
+        code = _run_ranks(command, num_ranks, stdin, describe)
+        if code != PortTakenError.exit_code:
+            break
+    return code
+
+
+def _run_ranks(
+    command: Sequence[str], num_ranks: int, stdin: str, describe: Callable[[int], str]
+) -> int:
+    """Do what ``run_ranks`` does, once."""
     port = free_port()
     places = [
         Rendezvous(rank, num_ranks, rank, num_ranks, "127.0.0.1", port, "local")

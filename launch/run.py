@@ -124,6 +124,7 @@ def _run_together(run: Run, found: Rendezvous, stay: Stay) -> None:
             if found.launcher == "slurm":
                 agreement.refuse_crowding(config.cluster.nodes, node_name(os.environ))
         stay.lease = agreement.share_lease(run_dir, stay.lease)
+        agreement.refuse_unusable_folder(stay.lease, found.rank, node_name(os.environ))
         with watching(_post(config, found, stay.lease), partial(stay.end, LostRankError.exit_code)):
             init_distributed(local_rank, config.cluster.timeout_s)
             limit = job_time_limit(os.environ) if found.rank == 0 else None

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from launch.help import CONF
+from launch.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = ROOT / "tests" / "launch" / "probe"
 SCRIPTS = Path(sys.executable).parent
 RUN = [sys.executable, "-m", "launch", "run"]
+TIMEOUT_S = 300  # the first run on a machine may compile an op of DeepSpeed
 
 
 def words(run_dir: Path, *more: str, num_ranks: int = 2) -> list[str]:
@@ -50,3 +54,30 @@ def check_ranks(run_dir: Path, launcher: str, num_nodes: int = 1, per_node: int 
     starts = [life for life in lives if "started" in life]
     assert [(s["launcher"], s["world_size"]) for s in starts] == [(launcher, world_size)]
     return meetings
+
+
+def by_hand(
+    variables: Sequence[dict[str, str]], commands: Sequence[Sequence[str]]
+) -> list[tuple[int, str]]:
+    """Start one process for each environment and command; return exit codes and outputs."""
+    processes = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env=environment(**own),
+        )
+        for own, command in zip(variables, commands, strict=True)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+        return [(p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def rank_variables(num_ranks: int = 2) -> list[dict[str, str]]:
+    """Return the environment of each rank on this machine."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]

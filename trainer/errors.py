@@ -38,6 +38,12 @@ class LostRankError(KuroshioError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class PortTakenError(KuroshioError):
+    """The port where the ranks were to meet is another process's; another start takes another."""
+
+    exit_code = 68  # EX_NOHOST
+
+
 class LeaseError(KuroshioError):
     """The run folder belongs to another living or newer life; this one must not write into it."""
 

@@ -15,13 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from probe_runs import PROBE, ROOT, RUN, SCRIPTS, check_ranks, environment, words
+from probe_runs import (
+    PROBE,
+    ROOT,
+    RUN,
+    SCRIPTS,
+    TIMEOUT_S,
+    by_hand,
+    check_ranks,
+    environment,
+    rank_variables,
+    words,
+)
 
 from launch.rank_log import rank_log
 from launch.rendezvous import free_port
 from trainer.errors import EXIT_RESUME
-
-TIMEOUT_S = 300  # the first run on a machine may compile an op of DeepSpeed
 
 
 def run(command: Sequence[str], **environ: str) -> subprocess.CompletedProcess[str]:
@@ -29,34 +38,6 @@ def run(command: Sequence[str], **environ: str) -> subprocess.CompletedProcess[s
         command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S,
         env=environment(**environ),
     )  # fmt: skip
-
-
-def by_hand(
-    variables: Sequence[dict[str, str]], commands: Sequence[Sequence[str]]
-) -> list[tuple[int, str]]:
-    """Start one process for each environment and command; return exit codes and outputs."""
-    processes = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env=environment(**own),
-        )
-        for own, command in zip(variables, commands, strict=True)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-        return [(p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def rank_variables() -> list[dict[str, str]]:
-    port = str(free_port())
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    return [
-        {**common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for rank in (0, 1)
-    ]
 
 
 def test_plain_python_starts_the_ranks_itself(tmp_path: Path) -> None:
