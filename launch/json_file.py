@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, StorageError
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -16,12 +16,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: a file that holds something else.
+        StorageError: one that cannot be read.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except OSError as error:
+        why = "is it another user's, or does its disk fail?"
+        raise StorageError(f"{path} cannot be read: {error.strerror}; {why}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; bring it back") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; bring it back")

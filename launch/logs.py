@@ -113,6 +113,8 @@ class Follower:
     def show_new(self) -> None:
         """Print what was appended since the last call."""
         for path, place in self._places.items():
+            if not path.exists():
+                continue  # moved away, or its folder was; it may come back
             with path.open("rb") as file:
                 if file.seek(0, os.SEEK_END) < place:  # written anew
                     place = 0

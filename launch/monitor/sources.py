@@ -114,12 +114,15 @@ def _walk(top: Path, folder: Path, depth: int) -> Iterator[Source]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            folders = [e for e in entries if e.is_dir(follow_symlinks=False)]
-    except PermissionError:  # another user's runs beside ours
-        return []
-    return sorted(Path(entry.path) for entry in folders if not entry.name.startswith("."))
+    """Return the folders in a folder; those of other users beside ours are passed over."""
+    with os.scandir(folder) as entries:
+        folders = [e for e in entries if e.is_dir(follow_symlinks=False)]
+    names = sorted(e.name for e in folders if not e.name.startswith("."))
+    return [folder / name for name in names if _is_open(folder / name)]
+
+
+def _is_open(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK, effective_ids=True)
 
 
 def _build(source: Source, jobs: Jobs, broken: set[str]) -> Row:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from run_folders import RunFolder
 
-from launch.logs import BLOCK_BYTES, find_last_lines, main
+from launch.logs import BLOCK_BYTES, POLL_S, find_last_lines, main
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,4 +103,8 @@ def test_follow(run: RunFolder) -> None:
         assert process.stdout.readline() == b"later\n"
         log.write_text("anew\n")  # shorter than before
         assert process.stdout.readline() == b"anew\n"
+        log.unlink()
+        time.sleep(2 * POLL_S)
+        log.write_text("again and longer\n")
+        assert process.stdout.readline().endswith(b"longer\n")
         process.terminate()

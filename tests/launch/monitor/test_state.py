@@ -78,6 +78,12 @@ def test_a_local_run_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
     assert found.note == "no sign of life for 0:10:00"
 
 
+def test_a_life_that_has_ended_is_over_although_its_heart_beat_just_now(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", NOW).life(700).hold(2).end(1, 75, reason="stopped")
+    (run.path / "leases/00001.end").touch()
+    assert judge(read_run(run.path, NOW), None) == State("stopped", "stopped")
+
+
 def test_a_process_of_this_machine_is_looked_for(tmp_path: Path) -> None:
     own = Process.own()
     for number, (process, word) in enumerate(
