@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -161,6 +162,11 @@ def _pairs(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def _parse(word: str, conf: Path, sweeping: bool = False) -> Override:
     key, equals, _ = word.partition("=")
+    if re.match(r"hydra\b", key.lstrip("+~")):
+        raise ConfigError(
+            f"{key}: keys of Hydra itself choose plugins, folders and callbacks; a run has none "
+            "of them. Hydra only composes the config here: leave the word out"
+        )
     if not equals and not word.startswith("~"):
         groups = [group for group, options in group_options(conf).items() if word in options]
         hint = (

@@ -108,3 +108,36 @@ def test_composing_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["hydra/launcher=basic", "+hydra/launcher=submitit", "hydra.searchpath=[file:///tmp]",
+     "+hydra.callbacks.x._target_=os.system", "hydra.run.dir=/tmp/x", "hydra.job.chdir=true",
+     "~hydra", "hydra/job_logging=none", "++hydra.sweeper._target_=x"],
+)  # fmt: skip
+def test_keys_of_hydra_itself_are_refused(word: str) -> None:
+    """Plugins, callbacks and search paths would let a command line name code to run."""
+    assert "keys of Hydra itself" in refusal(word)
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [("+_target_=os.system", "_target_"), ("+model._target_=os.system", "model._target_"),
+     ("+stage._target_=os.system", "stage._target_"), ("name={_target_: os.system}", "name="),
+     ("+optim.x={_target_: os.system}", "optim.x"),
+     ("+data.sources.x={_target_: os.system,paths: [a]}", "data.sources.x._target_"),
+     ("+cluster.site={_target_: os.system}", "cluster.site._target_"),
+     ("+data.sources.x={paths: [a],columns: {_target_: os.system}}", "")],
+)  # fmt: skip
+def test_a_config_names_no_code(word: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``_target_`` is refused as a key that nobody knows; where names are free it is a word."""
+    ran: list[object] = []
+    monkeypatch.setattr("os.system", ran.append)
+    if named:
+        with pytest.raises(ConfigError, match=f"{named}.*(is not a known key|expected str)"):
+            build_run(compose_values([word]))
+    else:
+        config = compose_config([word])
+        assert config.data.sources["x"].columns == {"_target_": "os.system"}
+    assert ran == []
