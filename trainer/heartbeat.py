@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -134,13 +134,23 @@ def read_beat(path: Path) -> Beat | None:
     try:
         values = json.loads(path.read_bytes())
         return Beat(**values)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
 def read_beats(run_dir: Path, token: int, world_size: int) -> list[Beat | None]:
     """Return the heartbeats of a life, by rank."""
     return [read_beat(beat_path(run_dir, token, rank)) for rank in range(world_size)]
+
+
+def read_life(run_dir: Path, token: int) -> list[tuple[Beat, float]]:
+    """Return the heartbeats of a life by rank, each with its time by the file system's clock."""
+    found = []
+    for path in sorted((run_dir / FOLDER).glob(f"{token:05d}.rank_*")):
+        with suppress(FileNotFoundError):  # a newer life removes them
+            at, beat = path.stat().st_mtime, read_beat(path)
+            found += [(beat, at)] if beat else []
+    return found
 
 
 def start_files(run_dir: Path, token: int, rank: int) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.monitor.queue import Job
+from launch.monitor.ranks import rank_lines
 from launch.monitor.state import State, judge, newest_job
 from trainer.metrics.account import planned_gpu_hours, wandb_lines
 from trainer.metrics.run_facts import RunFacts, figure
@@ -44,6 +45,7 @@ class Row:
     saved_age_s: float | None = None
     num_lives: int = 0
     ends: list[str] = field(default_factory=list)  # why each life before this one ended
+    ranks: list[str] = field(default_factory=list)  # which are slow, silent or stand still
     problems: list[str] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
     wandb: list[str] = field(default_factory=list)  # lines to type
@@ -101,6 +103,7 @@ def build_row(facts: RunFacts, jobs: Mapping[str, Job] | None, name: str = "") -
         saved_age_s=facts.seconds_since(facts.saved.time) if facts.saved else None,
         num_lives=len(facts.lives),
         ends=[life.why or "no end recorded" for life in earlier],
+        ranks=rank_lines(facts) if state.is_alive else [],
         problems=facts.problems,
         wandb=wandb_lines(facts.run_dir),
     )

@@ -75,7 +75,7 @@ def below(rows: Iterable[Row]) -> list[str]:
     """Return what fits into no cell: why lives ended, odd files, what to type."""
     lines = []
     for row in rows:
-        lines += [f"{row.name}: {text}" for text in (*end_lines(row), *row.problems)]
+        lines += [f"{row.name}: {text}" for text in (*end_lines(row), *row.ranks, *row.problems)]
         if not is_short(row.note):
             lines.append(f"{row.name} {row.state}: {row.note}")
         if row.needs_another_job:

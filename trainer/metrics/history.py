@@ -31,6 +31,7 @@ class Run:
     events: list[Record]
     plots: list[Record]
     tables: list[Record]
+    ranks: list[Record]
     lives: list[Record]
 
     @property
@@ -65,7 +66,7 @@ def load_run(run_dir: Path) -> Run:
         )
     config = yaml.safe_load(config_path.read_text("utf-8")) if config_path.exists() else {}
     splits: dict[str, list[Record]] = {"train": [], "eval": [], "sample": [], "event": []}
-    splits |= {"plot": [], "table": []}
+    splits |= {"plot": [], "table": [], "ranks": []}
     for record in read_journal(journal):
         splits.get(record["split"], []).append(record)
     # An evaluation done again after a resume replaces the one before.
@@ -79,6 +80,7 @@ def load_run(run_dir: Path) -> Run:
         splits["event"],
         last_of_each_title(splits["plot"]),
         last_of_each_title(splits["table"]),
+        splits["ranks"],
         read_lives(run_dir),
     )
 

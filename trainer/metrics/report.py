@@ -16,6 +16,8 @@ from trainer.metrics.history import RECORD_KEYS, Record, Run, load_run
 from trainer.metrics.life import build_life, read_time
 from trainer.metrics.page import read_template, write_page
 from trainer.metrics.planned import compare_plan
+from trainer.metrics.rank_report import COLUMNS as RANK_COLUMNS
+from trainer.metrics.rank_report import tabulate_ranks
 from trainer.metrics.run_charts import draw_charts, source_names
 from trainer.metrics.run_facts import read_run
 
@@ -79,6 +81,8 @@ def render_report(run: Run, plan: Mapping[str, Any] | None = None) -> str:
             for name, figures in record["sources"].items()
         ],
         eval_columns=recorded,
+        rank_columns=RANK_COLUMNS,
+        ranks=tabulate_ranks(run.ranks),
         mixture=tabulate(run.event("mixture")),
         jobs=summarise_jobs(facts, read_time(run.event("time_limit").get("at"))),
         planned=compare_plan(run, facts, plan),

@@ -39,6 +39,7 @@ TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
     ("lr", "Learning rate", "plain", False),
     ("grad_norm", "Gradient norm", "plain", True),
     ("tokens_per_s", "Throughput (tokens per second)", "count", True),
+    ("slowest_rank_delay_s", "Slowest rank over the median (seconds a step)", "plain", True),
     ("memory_gib", "Peak memory of rank 0 (GiB)", "plain", False),
     ("mfu", "Model FLOPs utilisation", "percent", True),
     ("loss_scale", "Loss scale", "log", False),

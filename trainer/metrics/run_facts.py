@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from trainer.errors import ConfigError
+from trainer.heartbeat import Beat, read_life
 from trainer.lease import Holder, read_holder
 from trainer.lives import CHECKPOINTS_NAME, read_lives
 from trainer.metrics.history import CONFIG_NAME
@@ -52,6 +53,8 @@ class RunFacts:
     submission: dict[str, Any]
     stop_requested: bool
     problems: list[str]  # files that could not be read, clocks that differ
+    ranks: Record  # the last comparison of the ranks
+    beats: list[tuple[Beat, float]]  # of the ranks of the life that holds the folder, with when
 
     @property
     def name(self) -> str:
@@ -181,6 +184,8 @@ def read_run(run_dir: Path, now: float | None = None) -> RunFacts:
         submission=_read_mapping(run_dir / SUBMISSION_NAME, json.loads, problems),
         stop_requested=(run_dir / STOP_NAME).exists(),
         problems=problems,
+        ranks=_last(records, "ranks"),
+        beats=read_life(run_dir, holder.token) if holder and not holder.has_ended else [],
     )
     ahead = (facts.last_sign or now) - now
     if ahead > CLOCK_TOLERANCE_S:
@@ -213,7 +218,7 @@ def _read_mapping(path: Path, parse: Any, problems: list[str]) -> dict[str, Any]
         values = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
         return {}
     if not isinstance(values, dict):
@@ -242,6 +247,6 @@ def _newest_checkpoint(folder: Path) -> Saved | None:
             state = json.loads(manifest.read_text(encoding="utf-8"))["state"]
             is_evaluated = bool(state.get("evaluated"))
             return Saved(int(path.name[5:]), manifest.stat().st_mtime, is_evaluated)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             continue  # damaged, or deleted by the run's rotation this moment
     return None
