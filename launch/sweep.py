@@ -20,6 +20,7 @@ from launch.compose import compose_values, expand_sweep
 from launch.file_modes import private_files, wants_sharing
 from launch.graph.lineage import changed_values
 from launch.job_folder import read_submission, refuse_in_use
+from launch.monitor.sources import is_run
 from trainer.config import ClusterConfig, load_config
 from trainer.config.cluster import partition_limits
 from trainer.errors import EXIT_RESUME, ConfigError, KuroshioError
@@ -149,7 +150,9 @@ def _run_here(tasks: Sequence[Task]) -> int:
         codes.append(_start(task))
         if EXIT_RESUME in codes:
             break
-    _print(result_table([task for task in tasks if task.folder.is_dir()]))
+    begun = [task for task in tasks if is_run(task.folder)]
+    if begun:
+        _print(result_table(begun))
     return next((code for code in codes if code), 0)
 
 

@@ -12,7 +12,7 @@ from run_folders import fake_commands
 
 from launch import run, sweep
 from trainer.config import ClusterConfig, PartitionConfig, SiteConfig
-from trainer.errors import ConfigError, DataError
+from trainer.errors import EXIT_RESUME, ConfigError, DataError
 
 WORDS = ["stage=pretrain", "data=samples", "tokenizer.path=samples/en.jsonl"]
 SWEPT = ["--multirun", *WORDS, "optim.lr=1e-4,3e-4", "loop.seed=range(0,2)"]
@@ -58,9 +58,9 @@ def test_runs_follow_one_another_and_end_with_a_table(
 ) -> None:
     def start(values: dict[str, Any]) -> int:
         lr, place = values["optim"]["lr"], Path(values["run_dir"])
+        place.mkdir(parents=True)
         if values["loop"]["seed"] == 1 and lr == 1e-4:
             raise DataError("no text")
-        place.mkdir(parents=True)
         sources = {"en": {"loss": lr * 10}}
         records = [
             {"split": "train", "step": 7, "time": 1.0, "loss": lr},
@@ -84,6 +84,20 @@ def test_runs_follow_one_another_and_end_with_a_table(
         ["0.0003", "1", "7/?", "0.0003", "0.0030"],
     ]
     assert "training loss" in found.out and "en loss" in found.out
+
+
+def test_a_signal_ends_the_whole_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[dict[str, Any]] = []
+
+    def stop(values: dict[str, Any]) -> int:
+        begun.append(values)
+        return EXIT_RESUME
+
+    monkeypatch.setattr(run, "start_ranks", stop)
+    assert sweep.main("run", [*SWEPT, f"run_dir={tmp_path}"]) == EXIT_RESUME
+    assert len(begun) == 1 and "1 of 4: " in capsys.readouterr().out
 
 
 def test_runs_that_have_a_job_are_left_alone(
