@@ -77,7 +77,10 @@ def find_gaps(folder: Path) -> list[str]:
     lacks = [] if (folder / "config.json").is_file() else ["config.json"]
     index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
     if index is not None:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):  # as a broken download is
+            return [*lacks, f"a readable {index.name}"]
         return lacks + sorted(name for name in shards if not (folder / name).is_file())
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         lacks.append("weights (*.safetensors)")
@@ -134,5 +137,6 @@ def _judge_store(facts: ArtefactFacts) -> Finding:
         return error(TOPIC, "sources cannot be found", facts.store.problem, "mend data.sources")
     if facts.store.missing:
         what = f"{where} lacks {', '.join(facts.store.missing)}"
-        return error(TOPIC, what, "ranks read prepared tokens; none waits for tokenising", remedy)
+        why = "a run prepares them at its start, while its GPUs wait"
+        return warning(TOPIC, what, why, f"{remedy}, where no GPU waits")
     return ok(TOPIC, f"{where} has {', '.join(facts.store.present)}")

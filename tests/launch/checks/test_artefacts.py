@@ -21,7 +21,7 @@ FINE = ArtefactFacts(
     [
         ({}, "ok", ""),
         ({"model_lacks": ["config.json"]}, "error", "model.path=/m lacks config.json"),
-        ({"store": StoreFacts([], ["web"])}, "error", "data.store_dir=/s lacks web"),
+        ({"store": StoreFacts([], ["web"])}, "warning", "data.store_dir=/s lacks web"),
         ({"store": StoreFacts(problem="no files")}, "error", "no files"),
         ({"wandb": "online", "internet": False}, "error", "log.wandb=online"),
         ({"wandb": "online", "internet": None}, "ok", ""),
@@ -50,6 +50,13 @@ def test_gaps_of_a_model_folder(tmp_path: Path) -> None:
     assert find_gaps(tmp_path) == ["model-2.safetensors"]
     (tmp_path / "model-2.safetensors").touch()
     assert find_gaps(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": 5}', "[]"])
+def test_a_broken_index_is_a_gap(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert find_gaps(tmp_path) == ["a readable model.safetensors.index.json"]
 
 
 def test_gaps_of_a_tokenizer(tmp_path: Path) -> None:
