@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def test_follow(run: RunFolder) -> None:
     log = run.path / "logs" / "rank_00003.log"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        # A line that never comes must fail the test, not hold it.
+        timer = threading.Timer(60, process.kill)
+        timer.start()
         for number in range(3):
             assert process.stdout.readline().decode() == f"rank_00003.log line {number} 黑潮\n"
         with log.open("a") as file:
@@ -107,4 +111,5 @@ def test_follow(run: RunFolder) -> None:
         time.sleep(2 * POLL_S)
         log.write_text("again and longer\n")
         assert process.stdout.readline().endswith(b"longer\n")
+        timer.cancel()
         process.terminate()
