@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
 from trainer.metrics.sinks import Sinks
 from trainer.rollout import collection
+from trainer.engine.pending_save import PendingSave
+from trainer.errors import KuroshioError
 from trainer.rollout.generate import generate, rollout_model
 from trainer.rollout.sampling import Sampling, draw_uniforms
 from trainer.signals import StopRequest
@@ -106,6 +109,8 @@ class Twisted(StoreStage):
         if self._step == self.twist.get("nan_gradient_at") and last:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         if self._step == self.twist.get("overflow_at") and last:
+        if self._step == self.twist.get("spike_at") and last:
+            return loss * 1e4
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
@@ -133,6 +138,11 @@ class Twisted(StoreStage):
         count = super().train_step(step, batches)
         self._step = -1
         return count
+        if step == self.twist.get("flip_at") and last:
+            flip_bit(self.policy.module, self.twist["flip_in"])
+        if step == self.twist.get("no_update_at"):
+            list(islice(batches, self.policy.grad_accum_steps))
+            return 0
 
     def die_in(self, function: str) -> None:
         """Make this step of PPO end with SIGKILL: in its rollout, or after a part of its update."""
@@ -167,6 +177,48 @@ class Twisted(StoreStage):
 def kill_between_renames() -> None:
     """Make a save die when the old folder of its step is aside and the new one not yet there."""
     rename = Path.rename
+
+def flip_bit(module: torch.nn.Module, name: str) -> None:
+    """Flip the lowest bit of a parameter's first number, as a failing memory would."""
+    flat = module.get_parameter(name).data.view(-1)
+    width = {2: torch.int16, 4: torch.int32}[flat.element_size()]
+    flat.view(width)[0] ^= 1
+
+
+@contextlib.contextmanager
+def expecting(error: str | None) -> Iterator[None]:
+    """Go on after the error that a scenario says it ends with, and say what it said."""
+    try:
+        yield
+    except KuroshioError as found:
+        if type(found).__name__ != error:
+            raise
+        print(f"expected: {found}", flush=True)
+    else:
+        assert error is None, f"no {error}"
+
+
+def wait_for_saves(run_dir: Path) -> None:
+    """Let saves that go on beside training be committed: a kill in a step is to be none in a save.
+
+    A rank that is killed has written its own part of them, or rank 0 would never be done.
+    """
+    limit = time.monotonic() + 60
+    while list((run_dir / "checkpoints").glob(".step_*.tmp")) and time.monotonic() < limit:
+        time.sleep(0.01)
+
+
+def kill_at_byte(step: int, rank: int, at: int) -> None:
+    """Make a rank's part of a save end with SIGKILL before it changed so many bytes and names."""
+    write = PendingSave.write
+
+    def write_or_die(self: PendingSave) -> None:
+        if (self.draft.step, self.draft.rank) == (step, rank):
+            Countdown(at).install()
+        write(self)
+
+    PendingSave.write = write_or_die
+
 
     def rename_or_die(self: Path, target: Path) -> Path:
         if self.name.endswith(".tmp") and self.name.startswith(".step_"):
@@ -229,7 +281,8 @@ def main(path: str) -> None:
         config, _ = stage.settle(config)
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        stage.run(Context(config, run_dir, rank, world_size, local_rank))
+        with expecting(scenario.get("expect")):
+            stage.run(Context(config, run_dir, rank, world_size, local_rank))
     part()
     leave(0)  # as a run does
 

@@ -30,6 +30,7 @@ LAYERS: list[list[str]] = [
     [
         "trainer.stage",
         "trainer.numerics",
+        "trainer.roll_back",
         "trainer.signals",
         "trainer.watchdog",
         "trainer.environment",

@@ -62,6 +62,24 @@ class NumericsError(KuroshioError):
     exit_code = 76
 
 
+class RollBackError(NumericsError):
+    """A NumericsError that the run answers by going back to a checkpoint, if it has one.
+
+    Attributes:
+        step: whose update must not be, from 0.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class CorruptionError(KuroshioError):
+    """Ranks hold different values of what must be equal: a memory, a device or a link failed."""
+
+    exit_code = 72  # EX_OSFILE; another start, on other machines, may do
+
+
 class RanksDisagreeError(KuroshioError):
     """Ranks started with different configs, run folders or code."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainer import faults, heartbeat
-from trainer.config import LoopConfig
+from trainer.config import LoopConfig, RunConfig
 from trainer.data.batches.collate import Batch
 from trainer.deadline import Deadline, name_ranks
 from trainer.engine import checkpoint
@@ -24,12 +24,15 @@ from trainer.engine.collectives import (
 )
 from trainer.engine.committed import Checkpoint, describe_layout, find_newest
 from trainer.engine.engine import Engine
+from trainer.engine.replicas import compare_replicas
 from trainer.engine.saver import Saved, Saver
 from trainer.environment import name_device
+from trainer.errors import RollBackError
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters
 from trainer.metrics.sinks import Sinks
-from trainer.numerics import FiniteGuard
+from trainer.numerics import NumericsGuard
+from trainer.roll_back import record_roll_back, redirect
 from trainer.signals import STOP_FILE, StopRequest
 from trainer.stage import Context, Stage
 
@@ -41,7 +44,7 @@ class TrainStage(Stage):
 
     policy: Engine
     bag: MetricBag
-    guard: FiniteGuard
+    guard: NumericsGuard
     meters: Meters
 
     def run(self, context: Context) -> None:
@@ -54,6 +57,10 @@ class TrainStage(Stage):
 
     def batches(self, state: dict[str, Any] | None) -> Iterator[Batch]:
         """Yield this rank's micro-batches, from the loader state of a checkpoint."""
+        raise NotImplementedError
+
+    def rows_per_step(self, config: RunConfig) -> int:
+        """Return the rows of data that one step takes over all ranks."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -98,11 +105,12 @@ class TrainStage(Stage):
                 loss = self.loss(batch)
             if faults.reach("loss", rank=self.policy.rank, step=step):
                 loss = loss * float("nan")
-            self.policy.backward(loss / (count or 1.0))
-            self.policy.step(self.lr(step))
+            share = loss / (count or 1.0)
+            self.policy.backward(share)
+            self.guard.watch(step, batch.sample_ids, share.detach())
+            self.policy.step(self.lr(step), judge=self.guard.judge)
             self.bag.add_ratio("loss", loss.detach(), self.num_targets(batch))
-            self.guard.watch(step, batch.sample_ids, loss.detach())
-        self.guard.end_step(step, self.policy.grad_norm(), self.policy.overflowed())
+        self.guard.end_step(self.policy.grad_norm(), self.policy.overflowed())
         return int(num_tokens)
 
 
@@ -110,39 +118,61 @@ def fit(stage: TrainStage, context: Context) -> None:
     """Resume, step until ``max_steps`` or a stop that all ranks agree on, log, evaluate, save."""
     loop, folder = context.config.loop, context.run_dir / "checkpoints"
     with stop_request(context).listening() as stop:
-        last = find_newest(folder, loop.damaged)
+        last = redirect(find_newest(folder, loop.damaged), context.run_dir, context.rank)
         step = last.step if last else 0
-        evaluated = bool(last and step and last.state["evaluated"])
-        if step >= loop.max_steps and evaluated:
+        if step >= loop.max_steps and is_evaluated(last):
             LOG.warning("%s is finished at step %d: nothing to do", context.run_dir, step)
             return
         with (
             closing(stage.setup(context, step)) as sinks,
             make_saver(stage, context, sinks, stop) as saver,
         ):
-            batches = stage.batches(last.state if last else None)
-            if last:
-                resume(stage, context, last, stop, sinks)
-            is_saved = bool(last) and evaluated
-            heartbeat.beat(heartbeat.BETWEEN, step)
-            evaluated = evaluated or evaluate_if_due(stage, sinks, step, stop, loop)
-            while step < loop.max_steps and not stop.agreed("step"):
-                with stop.deadline.timed("step"), heartbeat.phase("step", step):
-                    stage.meters.step(stage.train_step(step, batches))
-                    step += 1
-                    if is_due(step, loop.log_every, loop):
-                        log(stage, sinks, step)
-                evaluated = evaluate_if_due(stage, sinks, step, stop, loop)
-                is_saved = is_due(step, loop.save_every, loop)
-                if is_saved:
-                    save(stage, context, saver, step, evaluated, stop)
-                saver.poll()
-            if not is_saved:
-                save(stage, context, saver, step, evaluated, stop)
-            saver.wait()  # before anybody is told that the run has ended well
-            heartbeat.beat("leave", step)
-            if step < loop.max_steps or not evaluated:
-                raise stop.honoured(step)
+            while True:
+                try:
+                    return train(stage, context, sinks, stop, saver, last)
+                except RollBackError as error:
+                    saver.wait()
+                    last = roll_back(stage, context, sinks, error)
+
+
+def train(
+    stage: TrainStage,
+    context: Context,
+    sinks: Sinks,
+    stop: StopRequest,
+    saver: Saver,
+    last: Checkpoint | None,
+) -> None:
+    """Go on from a checkpoint, or the start, to the end, a saved stop or what ``fit`` undoes."""
+    loop, guard = context.config.loop, context.config.guard
+    step, evaluated = (last.step if last else 0), is_evaluated(last)
+    batches = stage.batches(last.state if last else None)
+    if last:
+        resume(stage, context, last, stop, sinks)
+    is_saved = bool(last) and evaluated
+    heartbeat.beat(heartbeat.BETWEEN, step)
+    evaluated = evaluated or evaluate_if_due(stage, sinks, step, stop, loop)
+    while step < loop.max_steps and not stop.agreed("step"):
+        with stop.deadline.timed("step"), heartbeat.phase("step", step):
+            stage.meters.step(stage.train_step(step, batches))
+            step += 1
+            for event in stage.guard.take_events():
+                sinks.event(step, "skip", **event)
+            if is_due(step, loop.log_every, loop):
+                log(stage, sinks, step)
+        if guard.compare_every and step % guard.compare_every == 0:
+            compare_replicas(stage.policy, step)
+        evaluated = evaluate_if_due(stage, sinks, step, stop, loop)
+        is_saved = is_due(step, loop.save_every, loop)
+        if is_saved:
+            save(stage, context, saver, step, evaluated, stop)
+        saver.poll()
+    if not is_saved:
+        save(stage, context, saver, step, evaluated, stop)
+    saver.wait()  # before anybody is told that the run has ended well
+    heartbeat.beat("leave", step)
+    if step < loop.max_steps or not evaluated:
+        raise stop.honoured(step)
 
 
 def stop_request(context: Context) -> StopRequest:
@@ -150,6 +180,25 @@ def stop_request(context: Context) -> StopRequest:
     if context.rank != 0:
         return StopRequest()
     return StopRequest(context.run_dir / STOP_FILE, Deadline(context.time_limit))
+
+
+def is_evaluated(last: Checkpoint | None) -> bool:
+    """Return whether nothing is left to evaluate at a checkpoint's step."""
+    return bool(last and last.step and last.state["evaluated"])
+
+
+def roll_back(
+    stage: TrainStage, context: Context, sinks: Sinks, error: RollBackError
+) -> Checkpoint | None:
+    """Go back to the newest checkpoint, redirected to data behind the step that failed."""
+    config, where = context.config, (context.run_dir, context.rank)
+    last = find_newest(context.run_dir / "checkpoints", config.loop.damaged)
+    num_rows = stage.rows_per_step(config)
+    made = record_roll_back(error, last, *where, num_rows, config.guard.max_roll_backs)
+    stage.bag.forget()
+    sinks.rewind(made.to_step)
+    sinks.event(made.to_step, "roll_back", **made.describe())
+    return redirect(last, *where)
 
 
 def resume(
@@ -160,7 +209,7 @@ def resume(
     with stage.meters.pause():
         num_bytes = checkpoint.load(stage.policy, last)
         [sum_bytes] = sum_over_ranks([num_bytes])  # waits for the slowest, whose time counts
-    stage.guard.num_overflows = last.state["num_overflows"]
+    stage.guard.load(last.state.get("guard", {}), last.state["num_overflows"])
     seconds = last.state.get("seconds", {})
     stop.deadline.expect(seconds.get(describe_ranks(stage, context), {}))
     sinks.event(
@@ -220,6 +269,7 @@ def log(stage: TrainStage, sinks: Sinks, step: int) -> None:
     policy = stage.policy
     metrics = stage.bag.drain(sum_tensor)
     stage.guard.check()
+    metrics |= stage.guard.counts()
     metrics |= {"lr": stage.lr(step - 1), "grad_norm": float(policy.grad_norm())}
     if policy.precision == "fp16":
         metrics |= {"loss_scale": policy.loss_scale(), "num_overflows": stage.guard.num_overflows}
@@ -241,7 +291,10 @@ def save(
 ) -> None:
     """Begin to save finite weights; before that, the checkpoint before it is committed."""
     stage.guard.check()
+    if context.config.guard.compare_every:
+        compare_replicas(stage.policy, step)
     state = {**stage.state(), "evaluated": evaluated, "num_overflows": stage.guard.num_overflows}
+    state["guard"] = stage.guard.state()
     with stage.meters.pause(), heartbeat.phase("save", step):
         saver.wait()
         stop.deadline.begin_save()

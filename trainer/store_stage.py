@@ -33,7 +33,7 @@ from trainer.metrics.meters import Meters, find_peak
 from trainer.metrics.sinks import Sinks
 from trainer.models.architecture import read_architecture
 from trainer.models.families import isolates_documents
-from trainer.numerics import FiniteGuard
+from trainer.numerics import NumericsGuard
 from trainer.plan.architectures import read_size
 from trainer.plan.flops import ModelShape, flops_per_token
 from trainer.plan.schedule import lr_factor
@@ -127,7 +127,7 @@ class StoreStage(TrainStage):
         if context.rank == 0:
             keep_tokenizer(self.tokenizer, Path(path), context.run_dir / "tokenizer")
         self.policy, model_config = self.build(context)
-        self.bag, self.guard = MetricBag(self.policy.device), FiniteGuard()
+        self.bag, self.guard = MetricBag(self.policy.device), NumericsGuard(config.guard)
         self.meters = self._make_meters(model_config)
         self._tokens = 0
         plain = dataclasses.asdict(config)

@@ -144,6 +144,20 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is done about numbers that are not finite, spikes, and replicas that differ."""
+
+    non_finite: Literal["stop", "skip", "roll_back"] = "stop"  # a loss or gradient is NaN or Inf
+    spikes: Literal["off", "stop", "skip", "roll_back"] = "off"  # of loss and gradient norm
+    spike_factor: float = 10.0  # deviations above the median of the steps before that make one
+    spike_window: int = 128  # steps that median is of; none is a spike before there were as many
+    max_skips: int = 4  # within skip_window; then it rolls back, or stops
+    skip_window: int = 1000  # steps
+    max_roll_backs: int = 2  # of the run; 0: none, also not after too many skips
+    compare_every: int = 100  # steps between comparisons of the ranks' replicas; 0 = never
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Where metrics go besides ``metrics.jsonl`` and the console."""
 
@@ -244,3 +258,4 @@ class RunConfig:
     share_with_group: bool = False  # your Unix group may read run folders and token stores
     log: LogConfig
     cluster: ClusterConfig
+    guard: GuardConfig = field(default_factory=GuardConfig)

@@ -35,6 +35,12 @@ LOWEST: dict[str, int] = {
     "loop.keep_last": 1,
     "loop.keep_every": 0,
     "loop.seed": 0,
+    "guard.spike_factor": 1,
+    "guard.spike_window": 4,
+    "guard.max_skips": 1,
+    "guard.skip_window": 1,
+    "guard.max_roll_backs": 0,
+    "guard.compare_every": 0,
     "cluster.nodes": 1,
     "cluster.gpus_per_node": 1,
     "cluster.timeout_s": 1,
@@ -88,6 +94,7 @@ def validate(config: RunConfig) -> list[str]:
         problems.append(
             "loop.max_steps=0 is as long as loop.epochs says, which is null; set one of the two"
         )
+    problems += _check_guard(config)
     for key, low in LOWEST.items():
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
@@ -95,6 +102,25 @@ def validate(config: RunConfig) -> list[str]:
             problems.append(f"{key}={value}: expected {low} or more")
     problems += check_cluster(config)
     return problems + _check_peft(config.peft) + _check_shares(config)
+
+
+def _check_guard(config: RunConfig) -> list[str]:
+    """Return roll-backs that are asked for and cannot be."""
+    guard, problems = config.guard, []
+    for key in ("non_finite", "spikes"):
+        if getattr(guard, key) != "roll_back":
+            continue
+        if not config.loop.save_every:
+            problems.append(
+                f"guard.{key}=roll_back needs checkpoints to go back to, but loop.save_every=0 "
+                "saves at the end only; set it"
+            )
+        if not guard.max_roll_backs:
+            problems.append(
+                f"guard.{key}=roll_back, but guard.max_roll_backs=0 allows none; use "
+                f"guard.{key}=stop or allow some"
+            )
+    return problems
 
 
 def _check_peft(peft: PeftConfig) -> list[str]:

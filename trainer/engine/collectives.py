@@ -73,6 +73,18 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in everyone]
 
 
+def gather_integers(values: Sequence[int]) -> list[list[int]]:
+    """Return every rank's integers (as many as it has), in the order of ranks."""
+    if not is_distributed():
+        return [list(values)]
+    [longest] = max_over_ranks([len(values)])
+    mine = torch.zeros(longest + 1, dtype=torch.int64)
+    mine[: len(values) + 1] = torch.tensor([len(values), *values], dtype=torch.int64)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [one[1 : 1 + int(one[0])].tolist() for one in everyone]
+
+
 def gather_figures(values: Sequence[float]) -> list[list[float]]:
     """Return every rank's numbers, as many on each, in the order of ranks, in float64."""
     mine = torch.tensor(values, dtype=torch.float64)

@@ -32,9 +32,10 @@ from trainer.engine.fragments import (
 )
 from trainer.engine.grouping import global_norm, group_parameters, num_weights
 from trainer.engine.hooks import hooks_off
+from trainer.engine.judged import Judge, judged
 from trainer.engine.ops import build_ops, needed_ops
-from trainer.engine.precision import native_precision
-from trainer.errors import ConfigError, NumericsError
+from trainer.engine.precision import LossScale, native_precision
+from trainer.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
 BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
@@ -166,7 +167,10 @@ class Engine:
             self.engine.enable_backward_allreduce = False  # copies all gradients twice, for nothing
         self.device = self.engine.device
         self.names = {id(param): name for name, param in self.trainable().items()}
-        self._grad_norm: torch.Tensor | float | None = None
+        self._grad_norm: torch.Tensor | None = None
+        self._was_refused = False
+        is_fp16 = precision == "fp16"
+        self._scale_watch = LossScale(self.optimizer, engine.min_loss_scale) if is_fp16 else None
         self._cpu_adam = engine.offload_optimizer != "none"
         if engine.compile:
             self.engine.compile()
@@ -195,25 +199,41 @@ class Engine:
             self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float, held: str | None = None) -> None:
+    def step(self, lr: float, held: str | None = None, judge: Judge | None = None) -> None:
         """Update the weights on a window's last micro-batch; before that, only count.
 
         Args:
             lr: the learning rate.
             held: one of ``grouped_apart``, whose parameters this step leaves as they are; one with
                 several of these parts in its name belongs to the last.
+            judge: is asked, on every rank alike, whether a gradient of that norm may move anything;
+                no: weights, moments and counters stay. fp16 steps that overflow do not get to it.
         """
-        boundary = self.engine.is_gradient_accumulation_boundary()
-        if boundary:
-            for group in basic_optimizer(self.optimizer).param_groups:
-                group["lr"] = 0.0 if held in group["parts"][-1:] else lr * group["lr_factor"]
-            if self._plain_fp32:
-                self._grad_norm = global_norm(self.engine.module.parameters())
-            if self._cpu_adam:
-                reset_cpu_adam(self.optimizer)
-        self.engine.step()
-        if boundary and self.precision == "fp16":
-            self._stop_on_collapsed_scale()
+        if not self.engine.is_gradient_accumulation_boundary():
+            return self.engine.step()
+        for group in basic_optimizer(self.optimizer).param_groups:
+            group["lr"] = 0.0 if held in group["parts"][-1:] else lr * group["lr_factor"]
+        self._grad_norm, self._was_refused, scale = None, False, self.loss_scale()
+        if self._plain_fp32:
+            self._grad_norm = global_norm(self.engine.module.parameters())
+        if self._cpu_adam:
+            reset_cpu_adam(self.optimizer)
+        if judge is None:
+            self.engine.step()
+        else:
+            self._step_on_trial(judge)
+        if self._scale_watch:
+            if self.config.zero_stage == 0 and self._grad_norm is None:
+                self._grad_norm = self._deepspeed_norm() / scale  # it leaves the scale in
+            self._scale_watch.end_step(self.overflowed(), self.loss_scale())
+
+    def _step_on_trial(self, judge: Judge) -> None:
+        is_fp16 = self.precision == "fp16"
+        with judged(self.optimizer, judge, self._grad_norm, is_fp16=is_fp16) as trial:
+            self.engine.step()
+        if trial.norm is None and not is_fp16:
+            trial.refuses(torch.inf)
+        self._grad_norm, self._was_refused = trial.norm, trial.refused
 
     @property
     def _plain_fp32(self) -> bool:
@@ -221,24 +241,19 @@ class Engine:
 
     def grad_norm(self) -> torch.Tensor:
         """Return the gradient norm of the last step, before clipping: [] on its device."""
-        norm = self._grad_norm if self._plain_fp32 else self.engine.get_global_grad_norm()
+        return self._deepspeed_norm() if self._grad_norm is None else self._grad_norm
+
+    def _deepspeed_norm(self) -> torch.Tensor:
+        norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(float("nan") if norm is None else norm)
 
     def overflowed(self) -> bool:
         """Return whether the last fp16 step was skipped because a gradient overflowed."""
-        return self.precision == "fp16" and bool(self.optimizer.overflow)
+        return self.precision == "fp16" and not self._was_refused and bool(self.optimizer.overflow)
 
     def loss_scale(self) -> float:
         """Return the current loss scale (1 without fp16)."""
         return float(self.optimizer.loss_scale) if self.precision == "fp16" else 1.0
-
-    def _stop_on_collapsed_scale(self) -> None:
-        if self.overflowed() and self.loss_scale() <= self.config.min_loss_scale:
-            raise NumericsError(
-                f"fp16 loss scale fell to engine.min_loss_scale={self.config.min_loss_scale}: "
-                "every step overflows, so nothing is learnt any more. Lower optim.lr, raise "
-                "schedule.warmup_steps, check the data of the last steps, or use bf16 hardware"
-            )
 
     @contextmanager
     def gathered(self, module: torch.nn.Module) -> Iterator[None]:

@@ -58,7 +58,14 @@ def num_weights(param: torch.nn.Parameter) -> int:
     return int(own.get("num_weights", own.get("ds_numel", param.numel())))
 
 
-def global_norm(params: Iterator[torch.nn.Parameter]) -> torch.Tensor:
-    """Return the 2-norm of all gradients (replicated on every rank), on their device."""
-    norms = [torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None]
+def global_norm(
+    params: Iterator[torch.nn.Parameter], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return the 2-norm of all gradients (replicated on every rank), on their device.
+
+    Args:
+        params: whose gradients.
+        dtype: it is computed in; None = the gradients' own.
+    """
+    norms = [torch.linalg.vector_norm(p.grad, dtype=dtype) for p in params if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms))

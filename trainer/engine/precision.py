@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
 
+from trainer.errors import NumericsError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")  # the state of a loss scale
+MAX_OVERFLOWS = (
+    8  # in a row at the smallest loss scale, before nothing is expected of the next step
+)
 
 
 def native_precision() -> str:
@@ -33,3 +39,37 @@ def load_scaler_state(optimizer: Any, state: dict[str, float]) -> None:
 def _find_scaler(optimizer: Any) -> Any:
     own = vars(optimizer)
     return own["loss_scaler"] if "loss_scaler" in own else own["loss_scale_config"]
+
+
+class LossScale:
+    """Watches fp16's loss scale: at its minimum, steps that go on to overflow learn nothing.
+
+    Args:
+        optimizer: one of DeepSpeed's fp16 optimizers.
+        minimum: of the scale.
+    """
+
+    def __init__(self, optimizer: Any, minimum: float) -> None:
+        self._minimum, self._num_overflows = minimum, 0
+        self._scales: deque[float] = deque(maxlen=2 * MAX_OVERFLOWS)
+        own = vars(_find_scaler(optimizer))
+        if "raise_error_at_min_scale" in own:  # at the first overflow, without a word on the run
+            own["raise_error_at_min_scale"] = False
+
+    def end_step(self, overflowed: bool, scale: float) -> None:
+        """Note how a step ended, and the scale after it.
+
+        Raises:
+            NumericsError: ``MAX_OVERFLOWS`` steps in a row overflowed at the smallest scale.
+        """
+        self._scales.append(scale)
+        at_minimum = overflowed and scale <= self._minimum
+        self._num_overflows = self._num_overflows + 1 if at_minimum else 0
+        if self._num_overflows >= MAX_OVERFLOWS:
+            history = ", ".join(f"{one:g}" for one in self._scales)
+            raise NumericsError(
+                f"fp16 loss scale fell to engine.min_loss_scale={self._minimum:g} and "
+                f"{self._num_overflows} steps in a row overflowed there: nothing is learnt any "
+                f"more. Scales of the last steps: {history}. Lower optim.lr, raise "
+                "schedule.warmup_steps, check the data of the last steps, or use bf16 hardware"
+            )

@@ -66,9 +66,13 @@ class MetricBag:
         values = dict(zip(totals, flat[2:], strict=False))
         for name, count in zip(counts, flat[2 + len(totals) :], strict=True):
             values[name] = values[name] / count if count else float("nan")
+        self.forget()
+        return values
+
+    def forget(self) -> None:
+        """Start empty: what was added is of steps that the run has undone."""
         self._totals.clear()
         self._counts.clear()
-        return values
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         """Return a detached float64 scalar; a number stays on the host.

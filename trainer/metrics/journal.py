@@ -102,7 +102,7 @@ class Journal:
         Raises:
             StorageError: when the file cannot be opened.
         """
-        self.path, self._lease = path, lease
+        self.path, self.lease = path, lease
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -115,8 +115,8 @@ class Journal:
             StorageError: disk full, quota reached or the like; the file then ends before the line.
             LeaseError: a newer life writes the journal.
         """
-        if self._lease:
-            self._lease.check()
+        if self.lease:
+            self.lease.check()
         line = encode_line(record)
         start = self._file.seek(0, os.SEEK_END)
         try:

@@ -182,6 +182,15 @@ class Sinks:
         if num_dropped:
             self.event(resume_step, "rewind", num_dropped=num_dropped, last_step=last_step)
 
+    def rewind(self, step: int) -> None:
+        """Cut the journal back to ``step``, from which the run goes on once more."""
+        if self.is_main:
+            path, lease = self._journal.path, self._journal.lease
+            self._journal.close()
+            num_dropped, last_step = rewind(path, step)
+            self._journal = Journal(path, lease)
+            self.event(step, "rewind", num_dropped=num_dropped, last_step=last_step)
+
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one optimizer step: loss, lr, grad_norm, tokens, tokens_per_s, memory_gib, …"""
         if self.is_main:

@@ -15,7 +15,7 @@ from trainer.engine.engine import Engine
 from trainer.errors import NumericsError
 from trainer.losses.ppo import kl_k3, policy_loss, value_loss
 from trainer.metrics.bag import MetricBag
-from trainer.numerics import FiniteGuard
+from trainer.numerics import NumericsGuard
 from trainer.rollout.answer_rows import AnswerBatch, Layout, deal
 from trainer.rollout.collection import run_update
 from trainer.rollout.experience import Experience
@@ -80,7 +80,7 @@ class Update:
         temperature: float,
         loss_kl_coef: float,
         bag: MetricBag,
-        guard: FiniteGuard,
+        guard: NumericsGuard,
     ) -> None:
         self.engine, self.experience, self.config, self.layout = engine, experience, config, layout
         self._temperature, self._loss_kl_coef = temperature, loss_kl_coef
@@ -132,8 +132,8 @@ class Update:
             self._guard.watch(step, torch.tensor(batch.samples), total.detach())
             if is_last:
                 self._check_ratio()
-            self.engine.step(lr, None if with_actor else ACTOR)
-        self._guard.end_step(step, self.engine.grad_norm(), self.engine.overflowed())
+            self.engine.step(lr, None if with_actor else ACTOR, self._guard.judge)
+        self._guard.end_step(self.engine.grad_norm(), self.engine.overflowed())
 
     def _loss(self, batch: AnswerBatch, with_actor: bool) -> Tensor:
         """Return the summed loss over a batch's targets."""

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.config import GuardConfig
+from trainer.engine.judged import Judge
 from trainer.errors import NumericsError
 from trainer.losses.cross_entropy import IGNORE_INDEX
 from trainer.metrics.bag import MetricBag
-from trainer.numerics import FiniteGuard
+from trainer.numerics import NumericsGuard
 from trainer.rollout.answer_rows import Layout, Sample
 from trainer.rollout.experience import Experience, Figures
 from trainer.rollout.update import ACTOR, Update, UpdateConfig
@@ -45,7 +47,7 @@ class OneNumber:
         if is_last:
             self.windows.append(0)
 
-    def step(self, lr: float, held: str | None) -> None:
+    def step(self, lr: float, held: str | None, judge: Judge | None) -> None:
         self.held.append(held)
 
     def grad_norm(self) -> Tensor:
@@ -78,7 +80,7 @@ def make_update(
         temperature=1.0,
         loss_kl_coef=0.0 if with_critic else 0.25,
         bag=bag or MetricBag(),
-        guard=FiniteGuard(),
+        guard=NumericsGuard(GuardConfig()),
     )
 
 

@@ -1,0 +1,100 @@
+"""Compare what ranks must hold alike: a flipped bit on one of them spoils the run in silence.
+
+Each rank sums the bits of each tensor as integers, in one pass on the device, and sends 8 bytes a
+tensor. A flip changes the sum by a power of two. Under ZeRO-0 all weights, masters and moments are
+compared, under ZeRO-1 and 2 the weights, which are whole on every rank, under ZeRO-3 the parameters
+that stay whole, and one module more, gathered for it, another one each time.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.engine.collectives import gather_integers, gather_texts
+from trainer.errors import CorruptionError
+
+if TYPE_CHECKING:
+    from trainer.engine.engine import Engine
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's bits, read as integers as wide as its elements: [] int64."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+def compare_replicas(engine: Engine, step: int) -> None:
+    """Compare over all ranks what is to be equal; every rank calls this between two steps.
+
+    Raises:
+        CorruptionError: naming the ranks that differ from the majority and what differs first.
+    """
+    if engine.world_size == 1:
+        return
+    found = dict(_digests(engine, step))
+    sums = torch.stack([one.to(engine.device) for one in found.values()]).tolist()
+    everyone = gather_integers(sums)
+    if any(one != everyone[0] for one in everyone):
+        raise CorruptionError(
+            describe_difference(list(found), everyone, gather_texts(socket.gethostname()), step)
+        )
+
+
+def describe_difference(
+    names: Sequence[str], sums: Sequence[Sequence[int]], hosts: Sequence[str], step: int
+) -> str:
+    """Return who differs from the majority, and in what first.
+
+    Args:
+        names: of what was compared.
+        sums: of each rank, in the order of names.
+        hosts: of each rank.
+        step: after which.
+    """
+    counts = Counter(map(tuple, sums))
+    [(common, votes), *_] = counts.most_common()
+    place = next(at for at, values in enumerate(zip(*sums, strict=True)) if len(set(values)) > 1)
+    where, what = f"after step {step}", f"{names[place]} is not the same on all ranks"
+    if 2 * votes > len(sums):
+        wrong = [rank for rank, own in enumerate(sums) if tuple(own) != common]
+        first = names[next(at for at, one in enumerate(common) if sums[wrong[0]][at] != one)]
+        who = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in wrong)
+        where, what = f"{who} {where}", f"{first} is not what it is on the other ranks"
+    else:
+        where += f": no majority among ranks on {', '.join(dict.fromkeys(hosts))}"
+    return (
+        f"silent corruption, {where}: {what}. Nothing was saved since; the newest checkpoint was "
+        "compared before it was written. Start again to resume from it, without that machine "
+        "(cluster.exclude) if it comes back"
+    )
+
+
+def _digests(engine: Engine, step: int) -> Iterator[tuple[str, torch.Tensor]]:
+    split = []
+    for name, param in engine.module.named_parameters():
+        own = vars(param)
+        if "ds_id" not in own or (own["ds_persist"] and own["ds_status"].name == "AVAILABLE"):
+            yield name, digest(param)
+        else:
+            split.append(name)
+    if split:
+        yield from _gathered_digests(engine, split[step % len(split)])
+    if engine.config.zero_stage == 0:
+        for fragment in engine.fragments(write=True):
+            for kind, tensor in fragment.tensors().items():
+                if kind != "master" or engine.precision != "fp32":  # that is the weight itself
+                    yield f"{fragment.name}|{kind}", digest(tensor)
+
+
+def _gathered_digests(engine: Engine, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    module = engine.module.get_submodule(name.rpartition(".")[0])
+    with engine.gathered(module):
+        for own, param in module.named_parameters(recurse=False):
+            yield f"{name.rpartition('.')[0]}.{own}, gathered", digest(param)
