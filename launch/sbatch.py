@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.slurm_queue import is_job_number
 from trainer.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def cancel(jobs: Sequence[str], *flags: str) -> str:
     """Take jobs out of the queue, or end them; return what went wrong, empty for nothing."""
     if not jobs:
         return ""
+    if strange := [job for job in jobs if not is_job_number(job)]:
+        return f"{strange} are no numbers of jobs: scancel was not called"
     command = ["scancel", *flags, *jobs]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)

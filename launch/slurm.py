@@ -150,7 +150,7 @@ class SlurmJob:
             if not re.fullmatch(_JOB_ID, job, re.ASCII):
                 yield f"{job!r} is no job number; give the digits that sbatch printed"
         for word in self.command:
-            if re.search(r"[\x00-\x1f\x7f]", word):
+            if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", word):  # and other ends of lines
                 yield f"{word!r} has control characters, which a job script cannot hold"
 
 

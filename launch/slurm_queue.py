@@ -16,11 +16,22 @@ LIVING = ("RUNNING", "CONFIGURING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_
 ENDING = "COMPLETING"  # its processes have been told to end
 
 
+def is_job_number(text: str) -> bool:
+    """Return whether ``text`` is the number of a job or of an array's task, and nothing else.
+
+    Numbers come from files of run folders, which may be another user's.
+    """
+    return re.fullmatch(r"[0-9]+(_[0-9]+)?", text, re.ASCII) is not None
+
+
 def ask_squeue(job: str, column: str) -> str | None:
     """Return one column of squeue for a job: empty when Slurm knows no such job.
 
-    None when Slurm cannot be asked: no squeue here, or no controller that answers.
+    None when Slurm cannot be asked: no squeue here, no controller that answers, or no job's number.
     """
+    if not is_job_number(job):
+        LOG.warning("%r is no job's number: Slurm is not asked", job)
+        return None
     command = ["squeue", "--noheader", f"--jobs={job}", f"--format=%A {column}"]
     try:
         done = subprocess.run(
