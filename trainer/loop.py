@@ -16,12 +16,7 @@ from trainer.config import LoopConfig, RunConfig
 from trainer.data.batches.collate import Batch
 from trainer.deadline import Deadline, name_ranks
 from trainer.engine import checkpoint
-from trainer.engine.collectives import (
-    gather_figures,
-    gather_texts,
-    sum_over_ranks,
-    sum_tensor,
-)
+from trainer.engine.collectives import gather_figures, gather_texts, sum_over_ranks, sum_tensor
 from trainer.engine.committed import Checkpoint, describe_layout, find_newest
 from trainer.engine.engine import Engine
 from trainer.engine.replicas import compare_replicas
