@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from tokenizer.hub import how_to_fetch
 from tokenizer.spm import build_fast_tokenizer
 from trainer.errors import ConfigError, DataError
 
@@ -53,7 +54,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if model_file is None:
         raise ConfigError(
             f"tokenizer path {path}: no {JSON_NAME} or {SENTENCEPIECE_NAME} there and not a .model "
-            "file; give a tokenizer folder or a SentencePiece model"
+            f"file; give a tokenizer folder or a SentencePiece model{how_to_fetch(path)}"
         )
     tokenizer = build_fast_tokenizer(model_file.read_bytes(), str(model_file))
     if path.is_dir():
@@ -91,7 +92,10 @@ def fingerprint(path: str | Path) -> str:
     elif model_file is not None:
         digest.update(model_file.read_bytes())
     else:
-        raise ConfigError(f"tokenizer path {path}: no {JSON_NAME} and no SentencePiece model there")
+        raise ConfigError(
+            f"tokenizer path {path}: no {JSON_NAME} and no SentencePiece model there; give a "
+            f"tokenizer folder or a SentencePiece model{how_to_fetch(path)}"
+        )
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizer.hub import how_to_fetch
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 
@@ -27,5 +28,6 @@ def read_architecture(model: ModelConfig) -> dict[str, Any]:
     try:
         architecture: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path} is no model folder: {error}") from error
+        how = how_to_fetch(str(model.path)) or "; give the folder of a model"
+        raise ConfigError(f"model.path={model.path} is no model folder: {error}{how}") from error
     return architecture

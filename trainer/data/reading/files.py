@@ -18,6 +18,7 @@ from typing import IO
 
 import pyarrow as pa
 
+from tokenizer.hub import how_to_fetch
 from trainer.config import SourceConfig, nearest
 from trainer.data.reading.encodings import as_utf8, check_encoding, guess_encoding
 from trainer.data.reading.llama_factory import INFO_FILE, read_entries
@@ -70,7 +71,7 @@ def list_files(source: SourceConfig) -> list[Path]:
         if not matches or not matches[0].exists():
             raise DataError(
                 f"data source path {name!r} matches no file (seen from {Path.cwd()}); "
-                "correct the path or the glob"
+                f"correct the path or the glob{how_to_fetch(name, 'dataset')}"
             )
         found |= dict.fromkeys(matches)
     return list(found)
