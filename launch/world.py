@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.rendezvous import Rendezvous
-from trainer.config import ClusterConfig
+from trainer.config import ClusterConfig, fit_micro_batch_size
 from trainer.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
@@ -27,6 +27,28 @@ def adopt_world(values: dict[str, Any], found: Rendezvous, environ: Mapping[str,
     if old != world and found.rank == 0:
         LOG.warning("the run has %s, this job %s: it goes on with those", old, world)
     cluster |= world
+    if old != world:
+        _fit_rows(values, found)
+
+
+def _fit_rows(values: dict[str, Any], found: Rendezvous) -> None:
+    """Let ranks hold fewer rows at once where a step would not divide; results stay the same."""
+    loop, data = values.get("loop"), values.get("data")
+    if not isinstance(loop, dict) or not isinstance(data, dict) or data.get("content") == "prompts":
+        return
+    sizes = [loop.get("global_batch_tokens"), data.get("max_length"), loop.get("micro_batch_size")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return  # for the checks of the whole configuration to name
+    num_tokens, max_length, asked = sizes
+    size = fit_micro_batch_size(num_tokens // max_length, asked, found.world_size)
+    if size in (None, asked):
+        return
+    if found.rank == 0:
+        LOG.warning(
+            "loop.micro_batch_size=%d does not divide a step over %d ranks: it goes on with %d",
+            asked, found.world_size, size,
+        )  # fmt: skip
+    loop["micro_batch_size"] = size
 
 
 def job_world(found: Rendezvous, environ: Mapping[str, str]) -> dict[str, int] | None:

@@ -234,6 +234,11 @@ def test_plan_derives_what_no_key_sets() -> None:
 def test_plan_refuses_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ConfigError, match="not a multiple of micro_batch_size"):
         plan_of("cluster.gpus_per_node=3", "loop.global_batch_tokens=8192")
+    with pytest.raises(ConfigError, match="must keep its global batch: use 2 ranks, which divide"):
+        plan_of("cluster.gpus_per_node=3", "loop.global_batch_tokens=8192")
+    batch = ("loop.global_batch_tokens=8192", "data.max_length=1024")
+    with pytest.raises(ConfigError, match=r"keep its global batch: use loop\.micro_batch_size=2"):
+        plan_of("cluster.gpus_per_node=4", "loop.micro_batch_size=4", *batch)
 
 
 def test_plan_says_what_a_resumed_run_would_change(tmp_path: Path) -> None:

@@ -40,6 +40,23 @@ def test_a_frozen_config_takes_its_world_from_the_job(
     assert values == {"cluster": {"nodes": nodes, "gpus_per_node": gpus, "timeout_s": 9}}
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "asked", "fitted"),
+    [(4, 4, 2), (4, 2, 2), (8, 4, 1), (2, 4, 4), (3, 4, 4)],  # 3: for the batch's check to refuse
+)
+def test_a_rank_holds_fewer_rows_where_a_step_would_not_divide(
+    num_ranks: int, asked: int, fitted: int
+) -> None:
+    found = Rendezvous(0, num_ranks, 0, num_ranks, "n1", 1234, "slurm")
+    values = {
+        "cluster": {"nodes": 1, "gpus_per_node": 1},
+        "loop": {"global_batch_tokens": 8 * 64, "micro_batch_size": asked},
+        "data": {"max_length": 64},
+    }
+    adopt_world(values, found, {})
+    assert values["loop"]["micro_batch_size"] == fitted
+
+
 def test_the_only_task_of_a_step_is_one_node() -> None:
     alone = Rendezvous(0, 1, 0, 1, "127.0.0.1", 1234, "plain")
     values = {"cluster": {"nodes": 2, "gpus_per_node": 2}}

@@ -23,7 +23,12 @@ from trainer.config.schema import (
     SourceConfig,
     TokenizerConfig,
 )
-from trainer.config.validate import grad_accum_steps, load_config, validate
+from trainer.config.validate import (
+    fit_micro_batch_size,
+    grad_accum_steps,
+    load_config,
+    validate,
+)
 
 __all__ = [
     "ClusterConfig",
@@ -43,6 +48,7 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "build",
+    "fit_micro_batch_size",
     "grad_accum_steps",
     "load_config",
     "nearest",

@@ -201,6 +201,34 @@ def grad_accum_steps(config: RunConfig, world_size: int) -> int:
         low = max(1, steps) * unit
         raise ConfigError(
             f"loop.global_batch_tokens={config.loop.global_batch_tokens} is not a multiple of "
-            f"micro_batch_size*max_length*world_size={unit}; use {low} or {low + unit}"
+            f"micro_batch_size*max_length*world_size={unit}; use {low} or {low + unit}. A run that "
+            f"goes on must keep its global batch: use {_other_split(config, world_size)}"
         )
     return steps
+
+
+def fit_micro_batch_size(num_rows: int, limit: int, world_size: int) -> int | None:
+    """Return the most rows that a rank can hold at once so that a step divides over the ranks.
+
+    Args:
+        num_rows: of a step over all ranks.
+        limit: rows that a rank has room for.
+        world_size: number of ranks.
+
+    Returns:
+        At most ``limit``; None when ``num_rows`` does not divide over the ranks at all.
+    """
+    share, rest = divmod(num_rows, world_size)
+    if rest or not share:
+        return None
+    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+
+
+def _other_split(config: RunConfig, world_size: int) -> str:
+    """Return what besides the global batch would make a step divide over the ranks."""
+    num_rows = config.loop.global_batch_tokens // config.data.max_length
+    size = fit_micro_batch_size(num_rows, config.loop.micro_batch_size, world_size)
+    if size is not None:
+        return f"loop.micro_batch_size={size}"
+    fewer = max((n for n in range(1, world_size) if num_rows % n == 0), default=1)
+    return f"{fewer} ranks, which divide its {num_rows} rows a step"
