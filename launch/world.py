@@ -36,10 +36,12 @@ def _fit_rows(values: dict[str, Any], found: Rendezvous) -> None:
     loop, data = values.get("loop"), values.get("data")
     if not isinstance(loop, dict) or not isinstance(data, dict) or data.get("content") == "prompts":
         return
-    sizes = [loop.get("global_batch_tokens"), data.get("max_length"), loop.get("micro_batch_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    keys = ((loop, "global_batch_tokens"), (data, "max_length"), (loop, "micro_batch_size"))
+    sizes = [section.get(key) for section, key in keys]
+    whole = [size for size in sizes if isinstance(size, int) and size > 0]
+    if len(whole) < len(sizes):
         return  # for the checks of the whole configuration to name
-    num_tokens, max_length, asked = sizes
+    num_tokens, max_length, asked = whole
     size = fit_micro_batch_size(num_tokens // max_length, asked, found.world_size)
     if size in (None, asked):
         return
