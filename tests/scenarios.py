@@ -15,16 +15,18 @@ import logging
 import os
 import signal
 import sys
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tiny_engine import Countdown
 
 from launch.__main__ import leave
 from launch.agreement import part
@@ -32,10 +34,10 @@ from trainer.config import build, load_config
 from trainer.data.batches.collate import Batch, Example, Row, collate
 from trainer.engine import checkpoint
 from trainer.engine.engine import init_distributed
-from trainer.metrics.sinks import Sinks
-from trainer.rollout import collection
 from trainer.engine.pending_save import PendingSave
 from trainer.errors import KuroshioError
+from trainer.metrics.sinks import Sinks
+from trainer.rollout import collection
 from trainer.rollout.generate import generate, rollout_model
 from trainer.rollout.sampling import Sampling, draw_uniforms
 from trainer.signals import StopRequest
@@ -102,15 +104,16 @@ class Twisted(StoreStage):
     def loss(self, batch: Batch) -> torch.Tensor:
         last = self.context.rank == self.context.world_size - 1
         if self._step == self.twist.get("kill_at") and last:
+            wait_for_saves(self.context.run_dir)
             os.kill(os.getpid(), signal.SIGKILL)
         if self._step == self.twist.get("nan_at") and last:
             return super().loss(batch) * float("nan")
         loss = super().loss(batch)
+        if self._step == self.twist.get("spike_at") and last:
+            return loss * 1e4
         if self._step == self.twist.get("nan_gradient_at") and last:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         if self._step == self.twist.get("overflow_at") and last:
-        if self._step == self.twist.get("spike_at") and last:
-            return loss * 1e4
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
@@ -135,18 +138,19 @@ class Twisted(StoreStage):
         last = self.context.rank == self.context.world_size - 1
         if step == self.twist.get("kill_at") and "kill_in" in self.twist and last:
             self.die_in(self.twist["kill_in"])
-        count = super().train_step(step, batches)
-        self._step = -1
-        return count
         if step == self.twist.get("flip_at") and last:
             flip_bit(self.policy.module, self.twist["flip_in"])
         if step == self.twist.get("no_update_at"):
             list(islice(batches, self.policy.grad_accum_steps))
             return 0
+        count = super().train_step(step, batches)
+        self._step = -1
+        return count
 
     def die_in(self, function: str) -> None:
         """Make this step of PPO end with SIGKILL: in its rollout, or after a part of its update."""
         calls = 0
+        wait_for_saves(self.context.run_dir)
 
         def call_or_die(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal calls
@@ -173,10 +177,6 @@ class Twisted(StoreStage):
         with (self.context.run_dir / f"answers_{self.context.rank}.jsonl").open("a") as file:
             file.write(json.dumps([response.ids for response in greedy + drawn]) + "\n")
 
-
-def kill_between_renames() -> None:
-    """Make a save die when the old folder of its step is aside and the new one not yet there."""
-    rename = Path.rename
 
 def flip_bit(module: torch.nn.Module, name: str) -> None:
     """Flip the lowest bit of a parameter's first number, as a failing memory would."""
@@ -219,6 +219,10 @@ def kill_at_byte(step: int, rank: int, at: int) -> None:
 
     PendingSave.write = write_or_die
 
+
+def kill_between_renames() -> None:
+    """Make a save die when the old folder of its step is aside and the new one not yet there."""
+    rename = Path.rename
 
     def rename_or_die(self: Path, target: Path) -> Path:
         if self.name.endswith(".tmp") and self.name.startswith(".step_"):
@@ -269,6 +273,8 @@ def main(path: str) -> None:
     for scenario in json.loads(Path(path).read_text()):
         if "kill_in_save" in scenario:
             kill_in_save(scenario["kill_in_save"])
+        if "kill_at_byte" in scenario:
+            kill_at_byte(**scenario["kill_at_byte"])
         if scenario.get("kill_between_renames"):
             kill_between_renames()
         config = load_config(scenario["config"])
