@@ -114,6 +114,12 @@ def test_a_submitted_run_has_all_that_its_job_needs(
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
 
+def test_a_job_takes_over_where_slurm_is_and_nothing_else_of_it() -> None:
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "HOME": "/home/me"}
+    more = {"SLURM_NODEID": "1", "SRUN_DEBUG": "1", "SBATCH_QOS": "long"}
+    assert sbatch.clean_environment(kept | more) == kept
+
+
 def test_the_snapshot_runs_before_any_other_checkout(
     slurm: FakeSlurm, compose: Compose, tmp_path: Path
 ) -> None:

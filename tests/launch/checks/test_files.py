@@ -81,6 +81,14 @@ QUOTA = (
 )
 
 
+def test_a_soft_quota_counts_where_there_is_no_hard_one() -> None:
+    row = "/home 10* 8 {hard} none 5 4 {hard} none"
+    (soft,) = parse_table("quota", row.format(hard=0))
+    assert (soft.limit_bytes, soft.limit_files) == (8 * 1024, 4)
+    (hard,) = parse_table("quota", row.format(hard=9))
+    assert (hard.limit_bytes, hard.limit_files) == (9 * 1024, 9)
+
+
 def test_quota_is_read_and_judged() -> None:
     (facts,) = parse_table("quota", QUOTA)
     assert facts.limit_bytes == 100000000 * 1024 and facts.used_files == 1200
