@@ -237,6 +237,7 @@ class ClusterConfig:
     max_lives_without_progress: int = 3  # lives in a row without a newer checkpoint
     exclude: str | None = None  # nodes to stay away from, such as gn1001,gn[1003-1005]
     image: str | None = None  # Singularity or Apptainer image that holds the environment
+    share_with_group: bool = False  # your Unix group may read run folders and token stores
     site: SiteConfig = field(default_factory=SiteConfig)
 
 
@@ -255,7 +256,6 @@ class RunConfig:
     schedule: ScheduleConfig
     peft: PeftConfig
     loop: LoopConfig
-    share_with_group: bool = False  # your Unix group may read run folders and token stores
     log: LogConfig
     cluster: ClusterConfig
     guard: GuardConfig = field(default_factory=GuardConfig)
