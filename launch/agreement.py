@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import os
 import socket
 import tempfile
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launch import ROOT
+from launch.local import FORWARDED
 from launch.rendezvous import mpi_finalize
 from launch.run_folder import plain
 from launch.snapshot import hash_code
@@ -76,9 +78,21 @@ def among_ranks(rank: int, name_lost: Callable[[], str] = str) -> Iterator[None]
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
         reason = str(error).splitlines()[0].partition(" This is typically")[0]
-        lost = name_lost()
+        with _signals_ignored():
+            lost = name_lost()
         who = f"{lost}; so " if lost else ""
         raise LostRankError(f"{who}rank {rank} lost contact with another rank: {reason}") from error
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Let no launcher cut the block short: it asks the other ranks to leave when one is gone."""
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def part() -> None:
