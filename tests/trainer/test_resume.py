@@ -66,11 +66,13 @@ def compare_losses(folder: Path, names: list[str], tolerance: float) -> None:
         assert max(abs(losses[s] - reference[s]) for s in losses) < tolerance, name
 
 
+@pytest.mark.faults(row=1)
 def test_killed_run_resumes_bit_exactly(vary: Vary, tmp_path: Path) -> None:
     kill_and_resume(vary, tmp_path, ENGINES)
     compare_losses(tmp_path, list(ENGINES), 1e-5)
 
 
+@pytest.mark.faults(row=1)
 def test_killed_fine_tuning_resumes_bit_exactly(vary_chat: Vary, tmp_path: Path) -> None:
     """Whole conversations in bins, noise on the embeddings, rows dealt by length."""
     noise: dict[str, Any] = {"stage__neftune_alpha": 5.0}
@@ -81,6 +83,7 @@ def test_killed_fine_tuning_resumes_bit_exactly(vary_chat: Vary, tmp_path: Path)
     kill_and_resume(vary_chat, tmp_path, engines)
 
 
+@pytest.mark.faults(row=1)
 def test_killed_reward_model_resumes_bit_exactly(vary_preferences: Vary, tmp_path: Path) -> None:
     engines = {
         "zero2": {**ENGINES["zero2"], "data__packing": False},
@@ -95,6 +98,7 @@ def test_killed_reward_model_resumes_bit_exactly(vary_preferences: Vary, tmp_pat
     assert unbroken["state"]["reward_stats"]["num"] > 10
 
 
+@pytest.mark.faults(row=1)
 def test_killed_preference_learning_resumes_bit_exactly(vary_dpo: Vary, tmp_path: Path) -> None:
     """With KTO's baseline of mismatched answers, whose reference is cached."""
     kto = {"name": "kto", "beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0}
