@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer.errors import NumericsError
 from trainer.losses.advantages import (
     generalized_advantages,
     group_advantages,
@@ -146,6 +147,29 @@ class Experience:
     def num_targets(self, numbers: Sequence[int]) -> int:
         """Return the response tokens of some samples."""
         return sum(len(self.samples[number].response) for number in numbers)
+
+
+def refuse_broken_figures(figures: Figures) -> None:
+    """Refuse figures that nothing can be learnt from; every rank has the same.
+
+    Raises:
+        NumericsError: naming the model, and the responses in the order of the step.
+    """
+    says = {
+        "the policy's log-probabilities": figures.old_logps,
+        "the reference's log-probabilities": figures.reference_logps,
+        "the critic's values": figures.values,
+    }
+    for what, values in says.items():
+        if values is None or bool(values.isfinite().all()):
+            continue
+        of = torch.arange(len(figures.lengths)).repeat_interleave(figures.lengths)
+        samples = of[~values.isfinite()].unique().tolist()
+        raise NumericsError(
+            f"{what} are not finite for {len(samples)} of {len(figures.lengths)} responses of the "
+            f"step (the first: {samples[:8]}); its weights are damaged, or overflow in this "
+            "precision (engine.precision)"
+        )
 
 
 def make_experience(

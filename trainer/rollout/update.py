@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer import faults
 from trainer.data.batches.pack import shuffle
 from trainer.engine.collectives import any_over_ranks
 from trainer.engine.engine import Engine
@@ -127,6 +128,8 @@ class Update:
         batches = list(deal(self.experience.samples, minibatch, self.layout))
         for index, batch in enumerate(batches, 1):
             total = self._loss(batch, with_actor) / num_targets
+            if faults.reach("loss", rank=self.engine.rank, step=step):
+                total = total * float("nan")
             is_last = index == len(batches)
             self.engine.backward(total, is_last)
             self._guard.watch(step, torch.tensor(batch.samples), total.detach())

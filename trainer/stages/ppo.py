@@ -19,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.data.chats.chat import resolve_template, stop_token_ids
 from trainer.engine.collectives import any_over_ranks
 from trainer.engine.engine import Engine
+from trainer.errors import NumericsError
 from trainer.inputs import tokenizer_path
 from trainer.losses.ppo import adapt_kl_coef
 from trainer.metrics.pairwise import count_scores
@@ -32,6 +33,7 @@ from trainer.rollout.experience import (
     RewardStatistics,
     Shaping,
     make_experience,
+    refuse_broken_figures,
     shape_scores,
 )
 from trainer.rollout.prompts import Prompt, PromptLoader, held_out_prompts
@@ -158,8 +160,13 @@ class Ppo(PpoSettings, StoreStage):
         with self._timed("rollout"):
             faults.reach("rollout", rank=self.context.rank, step=step)
             rollout = self._roll_out(next(batches), self.responses_per_prompt, key)
-        with self._timed("score"):
-            rewards, scores, experience = self._score(rollout)
+        self._tokens += rollout.num_tokens
+        try:
+            with self._timed("score"):
+                rewards, scores, experience = self._score(rollout)
+        except NumericsError as error:  # the same on every rank: all have all figures
+            self.guard.veto(step, str(error), self._own_rows())
+            return rollout.num_tokens
         tally(self.bag, rollout, rewards, scores, experience)
         self._latest = spread(rewards) | {"kl_coef": self._kl_coef}
         self._warn(step, rollout, scores)
@@ -170,8 +177,13 @@ class Ppo(PpoSettings, StoreStage):
         if self.kl.target is not None:
             num = len(rollout.responses)
             self._kl_coef = adapt_kl_coef(self._kl_coef, kl, self.kl.target, num, self.kl.horizon)
-        self._tokens += rollout.num_tokens
         return rollout.num_tokens
+
+    def _own_rows(self) -> range:
+        """Return the rows of this step's prompts, dealt to the ranks."""
+        stop = self.loader.state()["next_row"]
+        first = stop - self.rollouts_per_step
+        return range(first + self.context.rank, stop, self.context.world_size)
 
     def _roll_out(self, prompts: list[Prompt], group_size: int, key: tuple[int, int]) -> Rollout:
         module: Any = self.policy.module
@@ -194,6 +206,7 @@ class Ppo(PpoSettings, StoreStage):
             self.bag.add(f"reward/{name}", float(values.mean()))
         rewards = self._scorer.total(by_name)
         figures = collector.figures(self.sampling.temperature, with_critic=self.has_critic)
+        refuse_broken_figures(figures)
         self._statistics.update(rewards)
         scores = shape_scores(rewards, rollout.stopped, self._statistics.deviation, self.score)
         experience = make_experience(rollout.samples, scores, figures, self._shaping, self._kl_coef)
