@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from chat_fixtures import COUNT, KNOWN, NAME, UNKNOWN, WHO
 
 from launch.serve import TOKEN_VARIABLE, choose_token, listen, main
 from trainer.errors import ConfigError
+from trainer.inference.request_size import MAX_BODY_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -203,3 +206,46 @@ def test_a_free_port_is_taken() -> None:
     with listen("127.0.0.1", 0) as listener, pytest.raises(ConfigError, match="in use"):
         listen("127.0.0.1", listener.getsockname()[1])
     assert isinstance(listener, socket.socket)
+
+
+def post(address: str, body: Iterator[bytes] | bytes, **headers: str) -> tuple[int, bytes]:
+    """Send bytes to the server's first route; return its status and answer."""
+    place = urllib.parse.urlsplit(address)
+    connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=60)
+    try:
+        connection.request(
+            "POST", f"{place.path}/chat/completions", body,
+            {"Content-Type": "application/json", **headers},
+        )  # fmt: skip
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (BrokenPipeError, ConnectionResetError):  # it stopped reading, and said so before
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def test_requests_larger_than_any_conversation_are_refused(
+    client: openai.OpenAI, address: str
+) -> None:
+    own, size = {"Authorization": f"Bearer {TOKEN}"}, MAX_BODY_BYTES + 1
+    announced = {"Content-Length": str(size)}
+    assert post(address, b"", **own, **announced)[0] == 413
+    chunks = (b'{"x": "' if n == 0 else b"y" * (1 << 16) for n in range(size // (1 << 16) + 2))
+    assert post(address, chunks, **own)[0] in (413, 0)
+    assert post(address, b"", **announced)[0] == 401  # of a stranger's nothing is read
+    assert ask(client, WHO).choices[0].message.content == UNKNOWN.strip()
+
+
+@pytest.mark.parametrize("path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/../docs"])
+def test_no_path_leads_to_a_file(address: str, path: str) -> None:
+    place = urllib.parse.urlsplit(address)
+    connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=60)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+    assert connection.getresponse().status == 404
+    connection.close()
+
+
+def test_tokens_are_compared_in_constant_time() -> None:
+    source = (ROOT / "trainer/inference/serving.py").read_text(encoding="utf-8")
+    assert "hmac.compare_digest(given" in source and '== f"Bearer' not in source

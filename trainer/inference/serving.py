@@ -24,6 +24,7 @@ from transformers.cli.serving.utils import BaseHandler
 
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.decoding import Decoding
+from trainer.inference.request_size import SizeLimit
 from trainer.inference.requests import RequestError, check_messages, check_prompt, read_decoding
 from trainer.inference.served_answers import OneThread, Wanted
 
@@ -55,7 +56,9 @@ def build_app(chat_model: ChatModel, defaults: Decoding, token: str) -> FastAPI:
     app.add_exception_handler(RequestError, _show_bad_request)
     app.add_exception_handler(RequestValidationError, _show_bad_request)
 
-    @app.middleware("http")
+    app.add_middleware(SizeLimit)
+
+    @app.middleware("http")  # the outer one: strangers' requests are not read at all
     async def check_token(
         request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
