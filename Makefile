@@ -2,7 +2,7 @@
 # PYTHON=python3.12 chooses an interpreter for a new .venv, PYTEST_ARGS="-k loader" selects tests.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format bench clean
+.PHONY: help install demo test test-slow test-all lint format audit bench clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -45,6 +45,13 @@ lint: $(INSTALLED)  ## ruff and mypy
 format: $(INSTALLED)  ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# pip-audit lives apart: what it needs itself is no part of the lock.
+audit: $(INSTALLED)  ## look for known vulnerabilities in the versions of constraints.txt
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && \
+	    PIP_CONSTRAINT= $(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.9,<3'; } || \
+	    echo "pip-audit cannot be installed here" >&2
+	$(BIN)/python tests/audit_dependencies.py $(VENV)/audit/bin/pip-audit
 
 bench: $(INSTALLED)  ## measure; every script's last line is JSON
 	@set -e; for script in benchmarks/*.py; do \
