@@ -137,7 +137,8 @@ def refuse_script(job: SlurmJob, base: SlurmJob) -> None:
         assert read_words(line) == [f"{name}={value}"], line
     if job.command:
         (line,) = [line for line in text.splitlines() if '"$CODE" run --step' in line]
-        assert read_words(line.split("||")[0])[-len(job.command):] == list(job.command)  # fmt: skip
+        words = read_words(line.removesuffix(" || RC=$?"))
+        assert words[-len(job.command) :] == list(job.command), line
     assert not re.search(r"%[^j]", job.output or ""), job.output
 
 
