@@ -81,7 +81,8 @@ def among_ranks(rank: int, name_lost: Callable[[], str] = str) -> Iterator[None]
         with _signals_ignored():
             lost = name_lost()
         who = f"{lost}; so " if lost else ""
-        raise LostRankError(f"{who}rank {rank} lost contact with another rank: {reason}") from error
+        message = f"{who}rank {rank} lost contact with another rank: {reason}"
+        raise LostRankError(message, names_rank=bool(lost)) from error
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from launch.slurm_queue import array_task, job_state
 from launch.tenancy import record_end
 from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE
+from trainer.heartbeat import describe_last
 from trainer.lease import read_holder
 from trainer.lives import append_line, cut_saves, newest_step, read_lives, slurm_life, utc_now
 
@@ -197,7 +198,9 @@ def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any])
     own = [life for life in lives if life.get("restart") == this["restart"]]
     if not own or "ended" not in own[-1]:
         token = own[-1].get("token") if own else None
-        reason = describe_code(options.code, options.said) if options.code else "finished"
+        reason = "finished"
+        if options.code:
+            reason = describe_code(options.code, options.said) + describe_last(run_dir, token)
         reason = "; ".join([reason, *cut_saves(run_dir, token)])
         with _despite_storage(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)

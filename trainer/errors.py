@@ -33,9 +33,17 @@ class CheckpointError(KuroshioError):
 
 
 class LostRankError(KuroshioError):
-    """Another rank is gone; its own message says why."""
+    """Another rank is gone; its own message says why, if it could.
+
+    Attributes:
+        names_rank: whether this message says which one, since it fell silent.
+    """
 
     exit_code = 69  # EX_UNAVAILABLE
+
+    def __init__(self, message: str, names_rank: bool = False) -> None:
+        super().__init__(message)
+        self.names_rank = names_rank
 
 
 class PortTakenError(KuroshioError):

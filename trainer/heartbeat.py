@@ -248,6 +248,13 @@ def describe_rank(run_dir: Path, rank: int) -> str:
     return "" if last is None else f"on {last.host}, step {last.step}, phase {last.phase}"
 
 
+def describe_last(run_dir: Path, token: int | None) -> str:
+    """Return, to be appended, what the last rank to beat in a life did; empty if none did."""
+    found = read_life(run_dir, token) if token is not None else []
+    last, _ = max(found, key=lambda pair: pair[0].time, default=(None, 0.0))
+    return "" if last is None else f", last seen after step {last.step} in phase {last.phase}"
+
+
 def find_main_thread() -> tuple[str, bool]:
     """Return in what function of the project the main thread is, and whether it waits for others.
 

@@ -63,6 +63,9 @@ def test_a_file_is_written_in_place_and_read_whole(tmp_path: Path) -> None:
     assert heartbeat.read_beats(tmp_path, 3, 2) == [None, make_beat(1)]
     assert heartbeat.describe_rank(tmp_path, 1) == "on n1, step 4, phase step"
     assert heartbeat.describe_rank(tmp_path, 0) == ""
+    heartbeat.write_beat(heartbeat.start_files(tmp_path, 3, 2), make_beat(2, step=5, time=NOW + 1))
+    assert heartbeat.describe_last(tmp_path, 3) == ", last seen after step 5 in phase step"
+    assert heartbeat.describe_last(tmp_path, 4) == heartbeat.describe_last(tmp_path, None) == ""
 
 
 def test_a_new_life_removes_the_old_ones_files_and_they_stay_away(tmp_path: Path) -> None:
