@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.slurm_queue import ENDING, LIVING, job_state
 from trainer.errors import KuroshioError, LeaseError, LostRankError, StopRequestedError
+from trainer.heartbeat import describe_last
 from trainer.lease import (
     LEASES_NAME,
     STALE_S,
@@ -162,7 +163,8 @@ def record_silent_end(run_dir: Path, exit_code: int) -> None:
     if holder is None or holder.has_ended or not holder.process.is_visible():
         return
     if not holder.process.is_alive():
-        reason = f"the ranks were killed before one could say why (exit {exit_code})"
+        seen = describe_last(run_dir, holder.token)
+        reason = f"the ranks were killed before one could say why (exit {exit_code}){seen}"
         record_end(run_dir, holder.token, os.environ, exit_code=exit_code, reason=reason)
 
 
@@ -198,7 +200,8 @@ def recorded_stay(run_dir: Path, rank: int) -> Iterator[Stay]:
         yield stay
     except BaseException as error:
         own = not isinstance(error, (LostRankError, StopRequestedError, SystemExit))
-        if own or rank == 0:
+        names_rank = isinstance(error, LostRankError) and error.names_rank
+        if own or names_rank or rank == 0:
             stay.end(*describe_error(error))
         raise
     if rank == 0:
