@@ -174,6 +174,7 @@ def end_with(folder: Path, error: BaseException | None, rank: int, lease: Lease 
         (None, 1, None),
         (DataError("no rows"), 1, (65, "no rows", "")),
         (LostRankError("gone"), 1, None),
+        (LostRankError("rank 0 is gone", names_rank=True), 1, (69, "rank 0 is gone", "")),
         (LostRankError("gone"), 0, (69, "gone", "")),
         (SystemExit(75), 0, (75, "stopped by a signal before the first step", "")),
         (KeyError("x"), 2, (1, "KeyError: 'x'", "")),
