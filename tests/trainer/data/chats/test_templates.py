@@ -10,12 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.data.chats.chat import prompt_ids, prompt_text, stop_token_ids
 from trainer.data.chats.conversation import Conversation, Message
+from trainer.data.chats.rendering import Renderer
 from trainer.data.chats.templates import (
     builtin_templates,
     needed_tokens,
     read_builtin,
     resolve_template,
 )
+from trainer.data.reading.rows import RowError
 from trainer.errors import ConfigError
 
 CHATML = (
@@ -218,3 +220,19 @@ def test_nothing_to_end_an_answer_with() -> None:
     with pytest.raises(ConfigError, match=r"data\.template=plain needs an end token"):
         resolve_template(endless, "plain")
     assert needed_tokens(resolve_template(endless, "chatml")) == ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception.__globals__['os'] }}",
+        "{{ ''.format.__self__.__class__.mro() }}",
+        "{% set x = messages.append(1) %}",
+        "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    ],
+)
+def test_templates_of_models_stay_in_their_sandbox(template: str) -> None:
+    with pytest.raises(RowError, match=r"unsafe|undefined|not safely"):
+        Renderer(template, {}, []).render([{"role": "user", "content": "?"}], None)
