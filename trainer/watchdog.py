@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from trainer import heartbeat
 from trainer.errors import LostRankError
@@ -126,7 +127,8 @@ class Watchdog:
             woke = now
             # From a thread without Python: shows the stacks also where a call keeps the
             # interpreter's lock, or the file system this one, and ends what nobody else can.
-            faulthandler.dump_traceback_later(UNCUT_FACTOR * self.post.timeout_s, exit=True)
+            late_s = UNCUT_FACTOR * self.post.timeout_s
+            faulthandler.dump_traceback_later(late_s, exit=True, file=_errors())
             self._beat()
             self._judge(now)
         heartbeat.beat(heartbeat.LEFT)
@@ -232,4 +234,9 @@ def explain_loss(post: Post) -> str:
 
 def show_stacks() -> None:
     """Write the stacks of all threads of this process to where it writes errors."""
-    faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+    faulthandler.dump_traceback(_errors(), all_threads=True)
+
+
+def _errors() -> TextIO:
+    """Return a file of the system's: ``faulthandler`` writes without Python."""
+    return sys.__stderr__ or sys.stderr
