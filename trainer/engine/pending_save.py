@@ -6,6 +6,7 @@ the main one, which raises it on all ranks together.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -98,10 +99,15 @@ class PendingSave:
         checkpoint.raise_together(self.failure, self.draft)
 
     def leave(self) -> None:
-        """Let a life that ends with an error finish what does not need the other ranks."""
+        """Let a life that ends with an error commit this save, if that can be; or delete it.
+
+        What is left aside would take space that the next life needs before it can clear it.
+        """
         self._patience.set()
         if self._thread is not None:
             self._thread.join()
+        if self.draft.rank == 0 or self.failure is not None:
+            shutil.rmtree(self.draft.aside, ignore_errors=True)
 
     def _join(self) -> None:
         if self._thread is None:
