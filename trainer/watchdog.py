@@ -175,6 +175,8 @@ class Watchdog:
         """Leave if waiting is hopeless, else say once who is waited for."""
         allowed = self.post.limit_s * (UNCUT_FACTOR if self._is_uncut() else 1)
         gone = any(finding.state in ("silent", "missing") for finding in findings)
+        if findings[self.post.rank].state in ("silent", "missing"):
+            gone = False  # not even this one's file is written: they tell nothing
         message = (
             f"no progress for {idle_s:.0f} s (cluster.timeout_s={self.post.timeout_s:g} allows "
             f"{allowed:.0f} s in phase {heartbeat.pulse().phase}): "

@@ -136,6 +136,16 @@ def test_what_may_take_long_is_waited_for(
     assert len(ends) == is_left
 
 
+def test_files_that_nobody_can_write_blame_nobody(tmp_path: Path, ends: list[str]) -> None:
+    heartbeat.start_files(tmp_path, 3, 0)
+    heartbeat.beat("load")
+    dog = Watchdog(stand(tmp_path), ends.append)
+    dog._decide(1500, [Finding(0, "silent", beat_of(0, 1)), Finding(1, "missing", None)])
+    assert ends == []
+    with pytest.raises(Left):
+        dog._decide(4 * 1500, [Finding(0, "silent", beat_of(0, 1)), Finding(1, "missing", None)])
+
+
 def test_a_rank_that_was_stopped_with_its_job_is_not_blamed(tmp_path: Path) -> None:
     dog = Watchdog(stand(tmp_path), pytest.fail)
     heartbeat._pulse = heartbeat.Pulse("agree", 4, time.monotonic() - 5000)
