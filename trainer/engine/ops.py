@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,8 @@ NEEDS = {
     "cpu_adam": "a C++ compiler and Python's headers (apt-get install g++ python3-dev)",
     "async_io": "a C++ compiler, headers, libaio (apt-get install g++ python3-dev libaio-dev)",
 }
+# Loading one builds these, each in a folder of its own.
+BUILT_WITH = {"cpu_adam": ("cpu_adam",), "async_io": ("async_io", "pin_memory")}
 
 
 def needed_ops(engine: EngineConfig) -> list[str]:
@@ -68,7 +71,9 @@ def _load_all(ops: list[str], load: Callable[[str], None]) -> str:
     """Build and load; return what is wrong, or an empty string."""
     for op in ops:
         try:
-            with _Claim(build_folder(op)):
+            with ExitStack() as claims:
+                for name in BUILT_WITH[op]:
+                    claims.enter_context(_Claim(build_folder(name)))
                 load(op)
         except Exception as error:  # DeepSpeed raises bare Exceptions and RuntimeErrors here
             return f"offload needs DeepSpeed's {op} op, which needs {NEEDS[op]}: {error}"

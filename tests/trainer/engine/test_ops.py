@@ -46,20 +46,48 @@ def test_staleness(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults(row=23)
+@pytest.mark.parametrize(
+    ("op", "folder"),
+    [("cpu_adam", "cpu_adam"), ("async_io", "async_io"), ("async_io", "pin_memory")],
+)
 def test_dead_lock_is_removed_before_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    op: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock(tmp_path / "cpu_adam", socket.gethostname(), dead_pid())
+    lock(tmp_path / folder, socket.gethostname(), dead_pid())
     seen = []
 
-    def load(op: str) -> None:
-        claim = json.loads((tmp_path / op / ops.CLAIM).read_text())
-        seen.append((op, (tmp_path / op / "lock").exists(), claim["pid"]))
+    def load(name: str) -> None:
+        claim = json.loads((tmp_path / folder / ops.CLAIM).read_text())
+        seen.append((name, (tmp_path / folder / "lock").exists(), claim["pid"]))
 
-    ops.build_ops(["cpu_adam"], 0, load)
-    assert seen == [("cpu_adam", False, os.getpid())]
-    assert not (tmp_path / "cpu_adam" / ops.CLAIM).exists()
+    ops.build_ops([op], 0, load)
+    assert seen == [(op, False, os.getpid())]
+    assert not (tmp_path / folder / ops.CLAIM).exists()
+
+
+@pytest.mark.slow
+def test_every_folder_that_loading_builds_in_is_known(cpu_adam: None, async_io: None) -> None:
+    """DeepSpeed may come to build another op along with one of these."""
+    script = """
+import sys
+from torch.utils import cpp_extension
+from build_ops import keep_ops_in_venv, main
+keep_ops_in_venv()
+find = cpp_extension._get_build_directory
+def note(name, verbose):
+    print("built in", name)
+    return find(name, verbose)
+cpp_extension._get_build_directory = note
+main(sys.argv[1:])
+"""
+    for op, folders in ops.BUILT_WITH.items():
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, op], env=environ, capture_output=True, text=True
+        )
+        names = {x.rpartition(" ")[2] for x in done.stdout.splitlines() if x.startswith("built")}
+        assert names == set(folders), done.stdout + done.stderr
 
 
 def test_failed_build_names_the_missing_package(
