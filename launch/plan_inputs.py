@@ -99,6 +99,7 @@ def _work(config: RunConfig, models: list[Model], passes: list[Pass], **more: An
         "tokens_per_step": loop.global_batch_tokens,
         "keep_last": loop.keep_last,
         "keep_every": loop.keep_every,
+        "keep_gb": loop.keep_gb,
     }
     return Work(**{**given, **more})
 

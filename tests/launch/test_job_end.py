@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -144,6 +145,24 @@ def test_what_a_rank_said_counts_more_than_sruns_code(in_job: Path) -> None:
     assert not (in_job.parent / "asked").exists()
     [life] = read_lives(in_job)
     assert life["decision"] == "give up" and "NaN at step 3" in life["decision_reason"]
+
+
+@pytest.mark.faults(row=7)
+@pytest.mark.parametrize(("stop", "words"), [("SIGUSR1", "the grace time was too short"), ("", "")])
+def test_a_save_that_the_end_of_the_job_cut_off_is_said(
+    in_job: Path, stop: str, words: str
+) -> None:
+    append_line(in_job, {"started": "x", "token": 3, "job": "17", "restart": 0, "first_step": 8})
+    for token, step in ((2, 8), (3, 40)):  # an older life's is not this one's
+        aside = in_job / f"checkpoints/.step_{step:08d}.life_{token}.tmp"
+        aside.mkdir(parents=True)
+        note = {"step": step, "stop": stop, "begun": "2026-01-01T10:00:00+00:00"}
+        (aside / "begun.json").write_text(json.dumps(note))
+    assert end(in_job, 137) == EXIT_RESUME
+    reason = read_lives(in_job)[0]["decision_reason"]
+    assert "killed by signal 9" in reason
+    assert "the save of step 40 was cut off" in reason and "step 8 was" not in reason
+    assert words in reason
 
 
 def test_a_script_whose_job_lives_elsewhere_by_now_does_nothing(

@@ -88,3 +88,28 @@ def test_work_that_raised_is_not_measured(clock: Clock) -> None:
     with pytest.raises(KeyError), subject.timed("step"):
         raise KeyError
     assert subject.measured() == {}
+
+
+def test_a_save_under_way_is_waited_for_before_the_last_one(clock: Clock) -> None:
+    limit = 2000.0
+    subject = Deadline(limit, clock)
+    spend(subject, clock, "step", 20)
+    subject.begin_save()
+    subject.end_save(40.0)
+    assert subject.measured() == {"step": 20.0, "save": 40.0}
+    clock.now = 1700
+    subject.begin_save()
+    clock.now += 10  # 30 s of it are left, then 20 of a step, then 40 of the last save
+    needed = MARGIN * 90 + LEAVE_S
+    subject.time_limit = clock.now + needed
+    assert subject.shortage("step") == ""
+    subject.time_limit -= 1
+    assert "step 20.0 s and save 40.0 s and save under way 30.0 s" in subject.shortage("step")
+    clock.now += 90  # it takes longer than any before: so may the last one
+    subject.time_limit = clock.now + 200
+    assert subject.shortage("save") == ""
+    assert subject.seconds("save") == 40.0
+    subject.time_limit = clock.now + MARGIN * 100
+    assert "save 100.0 s" in subject.shortage("save")
+    subject.end_save(110.0)
+    assert subject.seconds("save") == 110.0

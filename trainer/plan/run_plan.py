@@ -57,7 +57,7 @@ def plan_run(
         host_bytes=machine.host_bytes,
         nvme_bytes=nvme,
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * _num_checkpoints(work),
+        disk_bytes=checkpoint * _num_checkpoints(work, checkpoint),
         quota_bytes=None if machine.quota_gb is None else machine.quota_gb * GB,
         network_bytes=time.network,
         flops_per_step=time.flops,
@@ -75,10 +75,12 @@ def plan_run(
     return dataclasses.replace(draft, problems=tuple(_problems(draft, work, machine)))
 
 
-def _num_checkpoints(work: Work) -> int:
+def _num_checkpoints(work: Work, checkpoint_bytes: int) -> int:
     kept = work.keep_last + 1  # the new one is written before an old one is deleted
     if work.keep_every and work.num_steps:
         kept += work.num_steps // work.keep_every
+    if work.keep_gb is not None:  # which never deletes the newest before the next is there
+        kept = min(kept, max(2, int(work.keep_gb * GB // max(1, checkpoint_bytes))))
     return kept
 
 
@@ -119,6 +121,12 @@ def _problems(plan: RunPlan, work: Work, machine: Machine) -> list[str]:
             f"needs {host / GB:.0f} GB of a node's memory, a job with {plan.gpus_per_node} GPUs "
             f"gets {plan.host_bytes / GB:.0f} GB; the largest parts are {_largest(plan.host)}"
         )
+    if work.keep_gb is not None and work.keep_gb * GB < 2 * plan.checkpoint_bytes:
+        problems.append(
+            f"loop.keep_gb={work.keep_gb:g} cannot hold a checkpoint of "
+            f"{plan.checkpoint_bytes / GB:.1f} GB beside the last one; use "
+            f"{math.ceil(2.02 * plan.checkpoint_bytes / GB)}, or train fewer parameters (peft=lora)"
+        )
     if plan.quota_bytes is not None and plan.disk_bytes > plan.quota_bytes:
         problems.append(_quota_problem(plan, work))
     if plan.num_jobs is not None and machine.max_lives and plan.num_jobs > machine.max_lives:
@@ -149,8 +157,9 @@ def _quota_problem(plan: RunPlan, work: Work) -> str:
         remedy = "train fewer parameters (peft=lora), or keep the run on a larger file system"
         if fitting >= 1:
             remedy = f"loop.keep_every=0 loop.keep_last={fitting} fits"
+    num = _num_checkpoints(work, plan.checkpoint_bytes)
     return (
-        f"checkpoints take {plan.disk_bytes / GB:.0f} GB ({_num_checkpoints(work)} of "
+        f"checkpoints take {plan.disk_bytes / GB:.0f} GB ({num} of "
         f"{plan.checkpoint_bytes / GB:.1f} GB, one of them while it is written), more than "
         f"cluster.site.quota_gb={plan.quota_bytes / GB:g}; {remedy}. If your quota is larger, set "
         "cluster.site.quota_gb"

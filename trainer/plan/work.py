@@ -101,7 +101,7 @@ class Work:
         wants_logps: whether the policy's loss is of log-probabilities.
         rollout: of PPO.
         num_steps: None where only the prepared data can tell.
-        keep_last, keep_every: checkpoints.
+        keep_last, keep_every, keep_gb: checkpoints.
     """
 
     stage: str
@@ -118,6 +118,7 @@ class Work:
     tokens_per_step: int = 0
     keep_last: int = 2
     keep_every: int = 0
+    keep_gb: float | None = None
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def test_what_is_unknown_stays_unknown() -> None:
         ({"quota_gb": 200.0}, {}, "cluster.site.quota_gb=200; loop.keep_last=1 fits"),
         ({"quota_gb": 100.0}, {}, "train fewer parameters"),
         ({"quota_gb": 1000.0}, {"keep_every": 10}, "loop.keep_every=0 loop.keep_last=11 fits"),
+        ({}, {"keep_gb": 100.0}, "loop.keep_gb=100 cannot hold a checkpoint of"),
         ({"max_lives": 2, "limit_hours": 1.0}, {}, "cluster.max_lives=2"),
     ],
 )
@@ -125,6 +126,13 @@ def test_refusals_name_the_limit(
     site = dataclasses.replace(V100, **machine)
     found = plan(EnginePlan(2, "fp16"), site, **changes)
     assert expected in "\n".join(found.problems)
+
+
+def test_a_budget_bounds_what_checkpoints_take() -> None:
+    work = {"keep_every": 10, "num_steps": 1000}
+    found = plan(EnginePlan(2, "fp16"), V100, keep_gb=300.0, **work)
+    assert found.problems == () and 200e9 < found.disk_bytes <= 300e9
+    assert plan(EnginePlan(2, "fp16"), V100, **work).disk_bytes > 5e12
 
 
 def test_search_finds_what_fits_by_price_and_why_the_rest_does_not() -> None:
