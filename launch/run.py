@@ -148,7 +148,11 @@ def _post(config: RunConfig, found: Rendezvous, lease: Lease) -> Post:
 
 def _name_lost(config: RunConfig, found: Rendezvous, stay: Stay) -> str:
     """Return who is gone when a collective has failed, empty where that is not known."""
-    return explain_loss(_post(config, found, stay.lease)) if stay.lease else ""
+    if stay.lease is None:
+        return ""
+    # A rank that fails says so before it leaves; one that is killed only falls silent.
+    said = tenancy.read_failure(stay.run_dir, stay.lease.token, found.rank)
+    return said or explain_loss(_post(config, found, stay.lease))
 
 
 def _num_ranks(values: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -155,6 +156,16 @@ def record_end(
         return False
     append_line(run_dir, {key: value for key, value in end.items() if key != "host"})
     return True
+
+
+def read_failure(run_dir: Path, token: int, rank: int) -> str:
+    """Return which rank of a life failed and why, empty if none but ``rank`` has said so."""
+    try:
+        end = json.loads(lease_path(run_dir, token).with_suffix(".end").read_text("utf-8"))
+        failed, host, reason = end["rank"], end["host"], end["reason"]
+    except (OSError, ValueError, KeyError, TypeError):  # nobody has, or is about to
+        return ""
+    return "" if failed in (None, rank) else f"rank {failed} on {host} failed: {reason}"
 
 
 def record_silent_end(run_dir: Path, exit_code: int) -> None:

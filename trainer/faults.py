@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer import errors
 from trainer.errors import ConfigError
 
 VARIABLE = "KUROSHIO_FAULT"
@@ -25,12 +26,13 @@ class Fault:
 
     Attributes:
         kind: ``kill`` (SIGKILL) and ``stop`` (SIGSTOP) of this process, ``hang`` (sleep for ever),
-            ``slow`` (sleep for ``seconds``), ``raise`` a RuntimeError, ``poison``: the point
+            ``slow`` (sleep for ``seconds``), ``raise`` an ``error``, ``poison``: the point
             returns True, and its caller spoils what it has.
         point: name of the point.
         facts: what the point must be called with.
         once: file that says that it has happened.
         seconds: of ``slow``.
+        error: of ``raise``: a class of ``trainer/errors.py``, or a RuntimeError.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Fault:
     facts: dict[str, str] = field(default_factory=dict)
     once: Path | None = None
     seconds: float = 1.0
+    error: str = "RuntimeError"
 
     def strikes(self, point: str, facts: dict[str, object]) -> bool:
         """Return whether it happens here; claims ``once``."""
@@ -71,7 +74,9 @@ def parse_faults(text: str) -> list[Fault]:
                 f"{', '.join(KINDS)}; unset it unless you test what happens"
             )
         once = facts.pop("once", None)
-        faults.append(Fault(kind, point, facts, Path(once) if once else None, float(seconds)))
+        error = facts.pop("error", "RuntimeError")
+        claim = Path(once) if once else None
+        faults.append(Fault(kind, point, facts, claim, float(seconds), error))
     return faults
 
 
@@ -91,7 +96,7 @@ def reach(point: str, **facts: object) -> bool:
     if fault.kind == "poison":
         return True
     if fault.kind == "raise":
-        raise RuntimeError(f"{VARIABLE}: {point} {facts}")
+        raise vars(errors).get(fault.error, RuntimeError)(f"{VARIABLE}: {point} {facts}")
     if fault.kind == "slow":
         time.sleep(fault.seconds)
         return False

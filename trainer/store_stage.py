@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokenizer.load import check_pair, load_tokenizer
+from trainer import faults
 from trainer.config import RunConfig
 from trainer.data.batches.collate import Batch
 from trainer.data.batches.eval_loader import EvalLoader
@@ -236,6 +237,7 @@ class StoreStage(TrainStage):
         if not self.config.loop.eval_chars:
             return True
         with self.meters.pause():
+            faults.reach("evaluation", rank=self.context.rank, step=step)
             self.policy.module.eval()
             finished = self.measure(sinks, step, stop)
             self.policy.module.train()
