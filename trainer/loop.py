@@ -92,6 +92,7 @@ class TrainStage(Stage):
         with heartbeat.phase("data"), self.meters.own.timed("data"):
             faults.reach("data", rank=self.policy.rank, step=step)
             window = list(islice(batches, self.policy.grad_accum_steps))
+        before = self.bag.mark()
         own = sum(map(self.num_targets, window)), sum(batch.num_tokens for batch in window)
         count, num_tokens = sum_over_ranks(own)
         for batch in window:
@@ -105,7 +106,8 @@ class TrainStage(Stage):
             self.guard.watch(step, batch.sample_ids, share.detach())
             self.policy.step(self.lr(step), judge=self.guard.judge)
             self.bag.add_ratio("loss", loss.detach(), self.num_targets(batch))
-        self.guard.end_step(self.policy.grad_norm(), self.policy.overflowed())
+        if self.guard.end_step(self.policy.grad_norm(), self.policy.overflowed()):
+            self.bag.back_to(before)
         return int(num_tokens)
 
 

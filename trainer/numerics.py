@@ -126,7 +126,7 @@ class NumericsGuard:
         self._this: Update | None = None
         self._pending: list[Update] = []
         self._trouble: NumericsError | None = None
-        self._was_judged = False
+        self._was_judged = self._was_skipped = False
         self._skipped: deque[int] = deque(maxlen=config.max_skips)
         self._history = {
             what: deque[float](maxlen=config.spike_window) for what in ("loss", "gradient norm")
@@ -151,21 +151,26 @@ class NumericsGuard:
         fault = self._weigh(self._this)
         if fault is None:
             return True
+        self._was_skipped = True
         try:
             self._answer(self._this, fault)
         except NumericsError as error:
             self._trouble = error  # raised when DeepSpeed has cleaned up after the step
         return False
 
-    def end_step(self, grad_norm: torch.Tensor, overflowed: bool) -> None:
+    def end_step(self, grad_norm: torch.Tensor, overflowed: bool) -> bool:
         """Add the gradient norm [] of an optimizer step; forget it if the scaler skipped it.
+
+        Returns:
+            Whether the guard skipped the step.
 
         Raises:
             NumericsError: where the step was judged, and the run is not to go on.
         """
         update, was_judged, trouble = self._this, self._was_judged, self._trouble
         assert update is not None
-        self._this, self._was_judged, self._trouble = None, False, None
+        was_skipped = self._was_skipped
+        self._this, self._was_judged, self._trouble, self._was_skipped = None, False, None, False
         if trouble is not None:
             raise trouble
         if overflowed:
@@ -173,6 +178,7 @@ class NumericsGuard:
         elif not was_judged:
             update.norm = grad_norm
             self._pending.append(update)
+        return was_skipped
 
     def check(self) -> None:
         """Look at the steps since the last look; every rank must call this.

@@ -15,7 +15,7 @@ from trainer.plan.work import Cost
 from trainer.stages import SINGLE_PROCESS
 
 # What tells best how a stage does, where its records have it.
-FIGURES = ("loss", "accuracy", "reward", "kl")
+FIGURES = ("loss", "accuracy", "reward", "kl", "num_skips")
 
 
 @dataclass(frozen=True)

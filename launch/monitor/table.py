@@ -34,6 +34,7 @@ SHOWS = {
     "accuracy": lambda value: f"accuracy {value:.1%}",
     "reward": lambda value: f"reward {value:.3f}",
     "kl": lambda value: f"kl {value:.2f}",
+    "num_skips": lambda value: f"{value:.0f} skipped",
 }
 MAX_ENDS = 3  # causes of earlier ends shown of each run
 NOTE_WIDTH = 40  # longer ones stand below the table

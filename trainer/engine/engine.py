@@ -32,7 +32,7 @@ from trainer.engine.fragments import (
 )
 from trainer.engine.grouping import global_norm, group_parameters, num_weights
 from trainer.engine.hooks import hooks_off
-from trainer.engine.judged import Judge, judged
+from trainer.engine.judged import Judge, step_on_trial
 from trainer.engine.ops import build_ops, needed_ops
 from trainer.engine.precision import LossScale, native_precision
 from trainer.errors import ConfigError
@@ -221,19 +221,13 @@ class Engine:
         if judge is None:
             self.engine.step()
         else:
-            self._step_on_trial(judge)
+            step, is_fp16 = self.engine.step, self.precision == "fp16"
+            trial = step_on_trial(step, self.optimizer, judge, self._grad_norm, is_fp16=is_fp16)
+            self._grad_norm, self._was_refused = trial.norm, trial.refused
         if self._scale_watch:
             if self.config.zero_stage == 0 and self._grad_norm is None:
                 self._grad_norm = self._deepspeed_norm() / scale  # it leaves the scale in
             self._scale_watch.end_step(self.overflowed(), self.loss_scale())
-
-    def _step_on_trial(self, judge: Judge) -> None:
-        is_fp16 = self.precision == "fp16"
-        with judged(self.optimizer, judge, self._grad_norm, is_fp16=is_fp16) as trial:
-            self.engine.step()
-        if trial.norm is None and not is_fp16:
-            trial.refuses(torch.inf)
-        self._grad_norm, self._was_refused = trial.norm, trial.refused
 
     @property
     def _plain_fp32(self) -> bool:

@@ -8,8 +8,7 @@ the only place that knows where each of them has its norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,36 +42,52 @@ class Trial:
         return self.refused
 
 
-@contextmanager
-def judged(
-    optimizer: Any, judge: Judge, norm: torch.Tensor | None, *, is_fp16: bool
-) -> Iterator[Trial]:
-    """Let ``judge`` decide, on every rank alike, about the step made inside the block.
+def step_on_trial(
+    step: Callable[[], None],
+    optimizer: Any,
+    judge: Judge,
+    norm: torch.Tensor | None,
+    *,
+    is_fp16: bool,
+) -> Trial:
+    """Make a step about which ``judge`` decides, on every rank alike.
 
     Args:
+        step: of DeepSpeed's engine.
         optimizer: what ``deepspeed.initialize`` returned as optimizer.
         judge: is asked once, when the norm is known.
         norm: [] where the caller knows it already: DeepSpeed leaves fp32 under ZeRO-0 to torch.
         is_fp16: whether there is a loss scale, which a refused step leaves as it is.
+
+    Returns:
+        How it went; in fp16 the norm stays unknown if the scaler skipped the step.
     """
-    trial, own = Trial(judge), vars(optimizer)
+    trial = Trial(judge)
     scaler = scaler_state(optimizer) if is_fp16 else {}
-    if norm is not None:
-        patched, name = _whole_step(optimizer, trial, norm)
-    elif "fp32_partitioned_groups_flat" in own:
-        patched, name = _zero3(optimizer, trial)
-    elif "bit16_groups" in own:
-        patched, name = _zero12(optimizer, trial)
-    elif "bf16_groups" in own:
-        patched, name = _bf16_zero1(optimizer, trial)
-    else:
-        patched, name = _replicated(optimizer, trial)
+    patched, name = _intercept(optimizer, trial, norm)
     try:
-        yield trial
+        step()
     finally:
         delattr(patched, name)
-        if trial.refused and is_fp16:
-            load_scaler_state(optimizer, scaler)
+    if trial.norm is None and not is_fp16:
+        trial.refuses(torch.inf)
+    if trial.refused and is_fp16:
+        load_scaler_state(optimizer, scaler)
+    return trial
+
+
+def _intercept(optimizer: Any, trial: Trial, norm: torch.Tensor | None) -> tuple[Any, str]:
+    """Put the trial where the optimizer has its norm; return the object and attribute."""
+    own = vars(optimizer)
+    if norm is not None:
+        return _whole_step(optimizer, trial, norm)
+    if "fp32_partitioned_groups_flat" in own:
+        return _zero3(optimizer, trial)
+    if "bit16_groups" in own:
+        return _zero12(optimizer, trial)
+    if "bf16_groups" in own:
+        return _bf16_zero1(optimizer, trial)
+    return _replicated(optimizer, trial)
 
 
 def _whole_step(optimizer: Any, trial: Trial, norm: torch.Tensor) -> tuple[Any, str]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Mark = tuple[dict[str, Tensor], dict[str, Tensor]]
+
 
 class MetricBag:
     """Collect scalar metrics without a host synchronisation; sum them over ranks once.
@@ -68,6 +70,14 @@ class MetricBag:
             values[name] = values[name] / count if count else float("nan")
         self.forget()
         return values
+
+    def mark(self) -> Mark:
+        """Return what has been added so far."""
+        return dict(self._totals), dict(self._counts)
+
+    def back_to(self, mark: Mark) -> None:
+        """Take back what was added since ``mark``: of a step that was skipped."""
+        self._totals, self._counts = mark
 
     def forget(self) -> None:
         """Start empty: what was added is of steps that the run has undone."""

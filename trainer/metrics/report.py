@@ -111,9 +111,13 @@ def summarise(run: Run) -> list[tuple[str, str]]:
         ("Peak memory", "memory_gib", lambda v: f"{v:.2f} GiB"),
         ("MFU", "mfu", show_share),
         ("Training time", "train_time_share", show_share),
+        ("Skipped steps", "num_skips", show_count),
     )
     tiles = [("Step", f"{run.last_step}{of}")]
     tiles += [(label, show(float(last[key]))) for label, key, show in shows if key in last]
+    num_roll_backs = sum(event.get("event") == "roll_back" for event in run.events)
+    if num_roll_backs:
+        tiles.append(("Roll-backs", str(num_roll_backs)))
     times = [record["time"] for record in (*run.train, *run.evals, *run.events) if "time" in record]
     if times:
         tiles.append(("Wall time", show_duration(max(times) - min(times))))

@@ -38,6 +38,7 @@ TRAIN_CHARTS: tuple[tuple[str, str, Axis, bool], ...] = (
     ("update_seconds", "Update (seconds a step)", "plain", True),
     ("lr", "Learning rate", "plain", False),
     ("grad_norm", "Gradient norm", "plain", True),
+    ("largest_grad_norm", "Largest gradient norm between two records", "plain", False),
     ("tokens_per_s", "Throughput (tokens per second)", "count", True),
     ("slowest_rank_delay_s", "Slowest rank over the median (seconds a step)", "plain", True),
     ("memory_gib", "Peak memory of rank 0 (GiB)", "plain", False),

@@ -124,6 +124,7 @@ class Update:
         Actor and critic share each backward: a window in which some backward does not reach a
         parameter loses gradients under ZeRO-3.
         """
+        before = self._bag.mark()
         num_targets = self.experience.num_targets(minibatch)
         batches = list(deal(self.experience.samples, minibatch, self.layout))
         for index, batch in enumerate(batches, 1):
@@ -136,7 +137,8 @@ class Update:
             if is_last:
                 self._check_ratio()
             self.engine.step(lr, None if with_actor else ACTOR, self._guard.judge)
-        self._guard.end_step(self.engine.grad_norm(), self.engine.overflowed())
+        if self._guard.end_step(self.engine.grad_norm(), self.engine.overflowed()):
+            self._bag.back_to(before)
 
     def _loss(self, batch: AnswerBatch, with_actor: bool) -> Tensor:
         """Return the summed loss over a batch's targets."""

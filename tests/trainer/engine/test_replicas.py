@@ -20,7 +20,8 @@ def test_every_flipped_bit_changes_the_digest(dtype: torch.dtype) -> None:
         words[17] ^= 1 << bit
         assert int(digest(values)) != before, bit
         words[17] ^= 1 << bit
-    assert int(digest(values.view(3, 11).t())) == before  # also where it lies otherwise
+    padded = torch.cat([values[:1], values])[1:]  # equal, but it begins within a word
+    assert int(digest(padded)) == before
 
 
 def test_nan_counts_by_its_bits() -> None:

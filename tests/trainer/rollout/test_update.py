@@ -48,7 +48,8 @@ class OneNumber:
             self.windows.append(0)
 
     def step(self, lr: float, held: str | None, judge: Judge | None) -> None:
-        self.held.append(held)
+        if judge is None or judge(self.grad_norm()):
+            self.held.append(held)
 
     def grad_norm(self) -> Tensor:
         return torch.zeros(())
@@ -64,6 +65,7 @@ def make_update(
     with_critic: bool = True,
     layout: Layout = LAYOUT,
     bag: MetricBag | None = None,
+    guard: NumericsGuard | None = None,
     **config: Any,
 ) -> Update:
     """Return an update on five responses that were scored with log-probability ``old``."""
@@ -80,7 +82,7 @@ def make_update(
         temperature=1.0,
         loss_kl_coef=0.0 if with_critic else 0.25,
         bag=bag or MetricBag(),
-        guard=NumericsGuard(GuardConfig()),
+        guard=guard or NumericsGuard(GuardConfig()),
     )
 
 
@@ -151,3 +153,13 @@ def test_a_policy_that_broke_writes_no_more() -> None:
     update.experience.advantages[0] = float("nan")
     with pytest.raises(NumericsError, match="loss is not finite at step 1"):
         update.run(0, 1e-3, "0", with_actor=True)
+
+
+def test_a_minibatch_without_a_finite_loss_is_skipped_alone() -> None:
+    engine, guard = OneNumber(), NumericsGuard(GuardConfig(non_finite="skip"))
+    update = make_update(engine, -1.0, guard=guard, epochs=1, num_minibatches=5)
+    update.experience.advantages[0] = float("nan")
+    update.run(3, 1e-3, "0", with_actor=True)
+    assert len(engine.held) == 4 and guard.num_skips == 1
+    [event] = guard.take_events()
+    assert event["skipped"] == 4 and event["rows"] == [[0]]
