@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FOLDER = "heartbeats"
 RECORD_BYTES = 512
@@ -113,6 +113,12 @@ class Beat:
     time: float
 
 
+KINDS: dict[str, Any] = {
+    "rank": int, "host": str, "pid": int, "token": int, "number": int, "step": int, "phase": str,
+    "idle_s": float, "where": str, "waits": bool, "time": float,
+}  # fmt: skip
+
+
 def beat_path(run_dir: Path, token: int, rank: int) -> Path:
     """Return the file of a rank in a life."""
     return run_dir / FOLDER / f"{token:05d}.rank_{rank:05d}"
@@ -133,8 +139,8 @@ def read_beat(path: Path) -> Beat | None:
     """Return what a rank's file says, None where there is none or nothing in it yet."""
     try:
         values = json.loads(path.read_bytes())
-        return Beat(**values)
-    except (OSError, ValueError, TypeError, RecursionError):
+        return Beat(**{name: kind(values[name]) for name, kind in KINDS.items()})
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -19,7 +19,7 @@ def describe_slowest(facts: RunFacts) -> str:
     median_s, slowest = figure(facts.ranks, "median_s"), facts.ranks.get("slowest")
     if not median_s or not isinstance(slowest, list) or not slowest:
         return ""
-    first = slowest[0]
+    first = slowest[0] if isinstance(slowest[0], dict) else {}
     seconds, data_s = figure(first, "seconds"), figure(first, "data_seconds")
     if seconds is None or seconds - median_s < SLOW_SHARE * median_s:
         return ""

@@ -164,6 +164,19 @@ def test_running_without_evaluation_and_with_a_torn_line(run_dir: Path) -> None:
     assert "Before and after" not in html and "Training loss" in html and html.count("<svg") == 6
 
 
+def test_slow_ranks_have_a_table_and_a_curve(run_dir: Path) -> None:
+    assert "Slowest rank" not in render_report(load_run(run_dir))
+    slow = {"rank": 3, "host": "node-<9>", "seconds": 0.9, "data_seconds": 0.625}
+    lines = [
+        {"split": "train", "step": 1, "slowest_rank": 3, "slowest_rank_delay_s": 0.5},
+        {"split": "ranks", "step": 1, "median_s": 0.4, "slowest": [slow]},
+    ]
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
+    page = Page(render_report(load_run(run_dir)))
+    for part in ("Ranks", "3 node-<9> 1 0.9 0.625 0.5", "Slowest rank over the median"):
+        assert part in re.sub(r"\s+", " ", page.text), part
+
+
 def test_run_that_has_not_stepped_yet(run_dir: Path) -> None:
     (run_dir / "metrics.jsonl").unlink()
     assert "No step is recorded yet." in render_report(load_run(run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import timeit
 from pathlib import Path
@@ -81,10 +82,29 @@ def test_a_new_life_removes_the_old_ones_files_and_they_stay_away(tmp_path: Path
     assert heartbeat.read_life(tmp_path, 3) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"rank": 1}', "\0" * 512])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"rank": 1}',
+        pytest.param("\0" * 512, id="zeros"),
+        pytest.param("[" * 9999, id="deep"),
+    ],
+)
 def test_a_torn_file_is_no_beat(text: str, tmp_path: Path) -> None:
     (tmp_path / "torn").write_text(text)
     assert heartbeat.read_beat(tmp_path / "torn") is None
+
+
+def test_a_file_of_other_values_is_no_beat(tmp_path: Path) -> None:
+    values = dataclasses.asdict(make_beat())
+    for broken in ({"step": "x"}, {"idle_s": None}, {"number": float("inf")}):
+        (tmp_path / "odd").write_text(json.dumps(values | broken))
+        assert heartbeat.read_beat(tmp_path / "odd") is None
+    (tmp_path / "odd").write_text(json.dumps(values | {"of a newer version": 1}))
+    assert heartbeat.read_beat(tmp_path / "odd") == make_beat()
 
 
 @pytest.mark.parametrize(
