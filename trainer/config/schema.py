@@ -78,7 +78,7 @@ class EngineConfig:
     compile: bool = False
     initial_loss_scale_power: int = 16  # fp16: first loss scale is 2**this
     loss_scale_window: int = 1000  # fp16: steps without overflow before the scale doubles
-    min_loss_scale: int = 1  # fp16: stop when overflows have pushed the scale down to this
+    min_loss_scale: int = 1  # fp16: 8 overflows in a row at this scale stop the run
 
 
 @dataclass(frozen=True)
