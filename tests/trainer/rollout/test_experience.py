@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainer.errors import NumericsError
 from trainer.rollout.answer_rows import Sample
 from trainer.rollout.experience import (
     Advantage,
@@ -13,6 +14,7 @@ from trainer.rollout.experience import (
     ScoreConfig,
     Shaping,
     make_experience,
+    refuse_broken_figures,
     shape_scores,
 )
 
@@ -102,3 +104,14 @@ def test_equal_rewards_are_not_scaled_by_their_rounding() -> None:
     statistics.update(torch.full((3,), 0.1, dtype=torch.float64))
     assert statistics.squares > 0
     assert statistics.deviation == 1.0
+
+
+def test_figures_that_are_not_finite_are_refused_with_the_model_and_the_responses() -> None:
+    flat = torch.zeros(6)
+    figures = Figures(torch.tensor([2, 3, 1]), flat, flat, flat.clone(), flat)
+    refuse_broken_figures(figures)
+    assert figures.values is not None
+    figures.values[[3, 5]] = torch.tensor([float("nan"), float("inf")])
+    expected = r"critic's values are not finite for 2 of 3 responses .*first: \[1, 2\]"
+    with pytest.raises(NumericsError, match=expected):
+        refuse_broken_figures(figures)
