@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from tokenizer.load import fingerprint
@@ -17,13 +18,21 @@ def tokenizer_path(config: RunConfig) -> str | None:
 
 
 def describe_inputs(config: RunConfig, store: TokenStore) -> dict[str, str]:
-    """Return identities of the tokenizer, the prepared sources and the base model's files."""
+    """Return identities of the tokenizer, the prepared sources, the base model and the adapter."""
     inputs = {"tokenizer": fingerprint(str(tokenizer_path(config)))}
     for name, source in store.sources.items():
         inputs[f"data.sources.{name}"] = source.folder.name
     if config.model.path:
         inputs["model.path"] = identify_weights(Path(config.model.path))
+    if config.peft.adapter:  # a frozen copy of it may be what a policy is compared with
+        inputs["peft.adapter"] = identify_adapter(Path(config.peft.adapter))
     return inputs
+
+
+def identify_adapter(folder: Path) -> str:
+    """Return what tells an adapter from others: its weights and its settings."""
+    settings = (folder / "adapter_config.json").read_bytes()
+    return f"{model_identity(folder)} {hashlib.sha256(settings).hexdigest()}"
 
 
 def identify_weights(folder: Path) -> str:

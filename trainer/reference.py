@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from trainer.data.prepared.store import TokenStore
 from trainer.engine.collectives import any_over_ranks
 from trainer.engine.engine import Engine
 from trainer.inputs import describe_inputs
-from trainer.models.identity import model_identity
 from trainer.reference_cache import COLUMNS, Job, ReferenceCache
 from trainer.sequence_logps import TokenLogps, sum_over_sequences
 from trainer.stage import Context
@@ -167,14 +165,10 @@ def logps_of(engine: Engine, part: Literal["actor", "reference"]) -> TokenLogps:
 
 def _identify(config: RunConfig, store: TokenStore, precision: str) -> dict[str, Any]:
     """Return what changes a model's numbers on given rows; the rows' store says the rest."""
-    peft, adapter = config.peft, None
-    if peft.adapter:
-        folder = Path(peft.adapter)
-        settings = (folder / "adapter_config.json").read_bytes()
-        adapter = f"{model_identity(folder)} {hashlib.sha256(settings).hexdigest()}"
+    inputs, peft = describe_inputs(config, store), config.peft
     return {
-        "model": describe_inputs(config, store)["model.path"],
-        "adapter": adapter,
+        "model": inputs["model.path"],
+        "adapter": inputs.get("peft.adapter"),
         "quantization": peft.quantization if peft.mode == "qlora" else None,
         "precision": precision,
         "max_length": config.data.max_length,

@@ -60,7 +60,7 @@ def _check_identity(key: str, recorded: str, config: Mapping[str, Any]) -> Check
 def find_input(key: str, config: Mapping[str, Any]) -> tuple[Path | None, Callable[[Path], str]]:
     """Return where an input of a run is, and what tells it from another one."""
     from tokenizer.load import fingerprint
-    from trainer.inputs import identify_weights
+    from trainer.inputs import identify_adapter, identify_weights
     from trainer.models.identity import model_identity
 
     model, stage = config.get("model") or {}, config.get("stage") or {}
@@ -73,6 +73,8 @@ def find_input(key: str, config: Mapping[str, Any]) -> tuple[Path | None, Callab
         )
     elif key == "model.path":
         place, identify = model.get("path"), identify_weights
+    elif key == "peft.adapter":
+        place, identify = (config.get("peft") or {}).get("adapter"), identify_adapter
     elif key == "stage.critic":
         place = stage.get("critic")
     elif key.startswith(REWARDS):

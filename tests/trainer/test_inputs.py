@@ -33,6 +33,13 @@ def test_other_weights_of_the_same_size_are_refused(
     refuse_changes(seen[0], seen[1])
     with pytest.raises(ConfigError, match=r"has changed since its checkpoint: model\.path \(files"):
         refuse_changes(seen[1], seen[2])
+    values["peft"] = {"mode": "lora", "adapter": str(tmp_path)}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    config = load_config(values)
+    before = describe_inputs(config, store)
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    with pytest.raises(ConfigError, match=r"changed since its checkpoint: peft\.adapter \(files"):
+        refuse_changes(before, describe_inputs(config, store))
     refuse_other_base(tmp_path, seen[2])
     with pytest.raises(ConfigError, match="has changed since the run was trained on it"):
         refuse_other_base(tmp_path, seen[1])
