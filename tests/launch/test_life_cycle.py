@@ -85,10 +85,10 @@ def test_a_run_is_left_to_one_life_and_ends_as_it_was_asked(run_dir: Path) -> No
     before = newest_step(run_dir)
     zombie = start(run_dir, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
     wait_for_step(run_dir, before + 2, zombie)
-    holder = read_holder(run_dir)
-    assert holder and Lease.take(run_dir, holder.token + 1, {"job": "17", "restart": 2}, "now")
     for path in run_dir.rglob("*"):  # checkpoints, logs, lives, leases: nobody else's business
         assert path.name == "config.yaml" or path.stat().st_mode & 0o077 == 0, path
+    holder = read_holder(run_dir)
+    assert holder and Lease.take(run_dir, holder.token + 1, {"job": "17", "restart": 2}, "now")
     output = zombie.communicate(timeout=TIMEOUT_S)[0]
     assert zombie.returncode == LeaseError.exit_code, output
     assert f"belongs to life {holder.token + 1} (Slurm job 17" in output
