@@ -84,14 +84,14 @@ def describe(schedule: list[LifePlan]) -> str:
 
 
 def make_life(
-    config: dict[str, Any], num_ranks: int, end: str = "finish", at: int = 0
+    config: dict[str, Any], num_ranks: int, end: str = "finish", at: int = 0, **twist: Any
 ) -> dict[str, Any]:
     """Return a life for ``run_chains``; it notes what it reads in a file of its own."""
     run_dir = Path(config["run_dir"])
     number = len(list(run_dir.parent.glob(f"{run_dir.name}.read.*")))
     read = run_dir.parent / f"{run_dir.name}.read.{number}"
     read.touch()
-    scenario = {"config": config, "read": str(read), "split_everything": True}
+    scenario = {"config": config, "read": str(read), "split_everything": True, **twist}
     scenario |= {TWISTS[end]: at} if end in TWISTS else {}
     return {"num_ranks": num_ranks, "scenarios": [scenario], "code": ENDS[end]}
 
