@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_runs import ROOT, make_ppo, run_with_fault
+from faulty_runs import ROOT, Ended, make_ppo, run_with_fault
 from training_fixtures import varying
 
 from launch.rendezvous import free_port
@@ -26,13 +26,20 @@ HOST = socket.gethostname()
 Vary = Callable[..., dict[str, Any]]
 
 
-def check_end(run_dir: Path, output: str, error: str, point: str) -> None:
-    """Check that the failing rank's words are those of the run, and that the others repeat them."""
+def check_life(run_dir: Path, code: int, point: str) -> None:
+    """Check that the failing rank's words are those of the run."""
     [life] = read_lives(run_dir)
-    assert life["rank"] == 1 and f"KUROSHIO_FAULT: {point}" in life["reason"], life
-    assert error == "RuntimeError" or life["exit_code"] == DataError.exit_code
-    said = f"rank 1 on {HOST} failed: "
-    assert said in output and f"{point} " in output.partition(said)[2].splitlines()[0], output
+    assert life["rank"] == 1 and f"KUROSHIO_FAULT: {point} " in life["reason"], life
+    assert life["exit_code"] == code
+
+
+def check_end(run_dir: Path, ended: Ended, code: int, point: str) -> None:
+    """Check how `kuroshio run` ended: it ends the others itself, and shows who failed and why."""
+    assert ended.code == code and ended.still_s < DOWN_S, ended.output
+    assert f"kuroshio: rank 1 exited {code}; ending the others" in ended.output
+    words = [line for line in ended.output.splitlines() if line.startswith("[rank 1] ")]
+    assert any(f"KUROSHIO_FAULT: {point} " in line for line in words), ended.output
+    check_life(run_dir, code, point)
 
 
 @pytest.mark.parametrize(
@@ -46,20 +53,17 @@ def check_end(run_dir: Path, output: str, error: str, point: str) -> None:
 def test_others_end_with_a_rank_that_fails(
     vary: Vary, tmp_path: Path, point: str, error: str, code: int
 ) -> None:
-    config = vary(tmp_path / "run", loop__save_every=2, loop__eval_every=4, loop__eval_chars=500)
+    changes = {"loop__save_every": 2, "loop__eval_every": 4, "loop__eval_chars": 500}
+    config = vary(tmp_path / "run", loop__save_async=False, **changes)
     ended = run_with_fault(config, 2, f"raise@{point} rank=1 step=4 error={error}")
-    assert ended.code == code, ended.output
-    assert ended.still_s < DOWN_S
-    assert "rank 1 exited" in ended.output
-    check_end(tmp_path / "run", ended.output, error, point)
+    check_end(tmp_path / "run", ended, code, point)
     assert newest_step(tmp_path / "run") == (2 if point == "evaluation" else 4)
 
 
 def test_a_rank_that_fails_in_an_update_of_ppo(dpo_config: dict[str, Any], tmp_path: Path) -> None:
     config = varying(make_ppo(dpo_config))(tmp_path / "run", loop__max_steps=3)
     ended = run_with_fault(config, 2, "raise@update rank=1 step=1 error=DataError")
-    assert ended.code == DataError.exit_code and ended.still_s < DOWN_S, ended.output
-    check_end(tmp_path / "run", ended.output, "DataError", "update")
+    check_end(tmp_path / "run", ended, DataError.exit_code, "update")
 
 
 def test_ranks_without_a_parent_end_each_other(vary: Vary, tmp_path: Path) -> None:
@@ -94,4 +98,6 @@ def test_ranks_without_a_parent_end_each_other(vary: Vary, tmp_path: Path) -> No
             process.kill()
     codes = [process.returncode for process in ranks]
     assert codes == [LostRankError.exit_code, DataError.exit_code], output
-    check_end(run_dir, output, "DataError", "data")
+    said = f"rank 1 on {HOST} failed: KUROSHIO_FAULT: data "
+    assert said in output and "rank 0 lost contact with another rank" in output, output
+    check_life(run_dir, DataError.exit_code, "data")
