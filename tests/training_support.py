@@ -110,7 +110,7 @@ def read_losses(run_dir: Path) -> dict[int, float]:
     """Return the logged training loss by step."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return {r["step"]: r["loss"] for r in records if r["split"] == "train"}
+    return {r["step"]: r["loss"] for r in records if r["split"] == "train" and "loss" in r}
 
 
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
