@@ -109,8 +109,10 @@ class Twisted(StoreStage):
         if self._step == self.twist.get("nan_at") and last:
             return super().loss(batch) * float("nan")
         loss = super().loss(batch)
+        if self.twist.get("nan_row") in batch.sample_ids.tolist():
+            return loss * float("nan")
         if self._step == self.twist.get("spike_at") and last:
-            return loss * 1e4
+            return loss * 100
         if self._step == self.twist.get("nan_gradient_at") and last:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         if self._step == self.twist.get("overflow_at") and last:
@@ -138,12 +140,15 @@ class Twisted(StoreStage):
         last = self.context.rank == self.context.world_size - 1
         if step == self.twist.get("kill_at") and "kill_in" in self.twist and last:
             self.die_in(self.twist["kill_in"])
-        if step == self.twist.get("flip_at") and last:
-            flip_bit(self.policy.module, self.twist["flip_in"])
         if step == self.twist.get("no_update_at"):
             list(islice(batches, self.policy.grad_accum_steps))
             return 0
-        count = super().train_step(step, batches)
+        with contextlib.ExitStack() as stack:
+            if step == self.twist.get("nan_values_at"):
+                stack.enter_context(broken_values())
+            count = super().train_step(step, batches)
+        if step == self.twist.get("flip_at") and last:
+            flip_bit(self.policy.module, self.twist["flip_in"])
         self._step = -1
         return count
 
@@ -183,6 +188,24 @@ def flip_bit(module: torch.nn.Module, name: str) -> None:
     flat = module.get_parameter(name).data.view(-1)
     width = {2: torch.int16, 4: torch.int32}[flat.element_size()]
     flat.view(width)[0] ^= 1
+
+
+@contextlib.contextmanager
+def broken_values() -> Iterator[None]:
+    """Let a critic say NaN of one token."""
+    figures = collection.Collector.figures
+
+    def break_one(self: collection.Collector, *args: Any, **kwargs: Any) -> Any:
+        found = figures(self, *args, **kwargs)
+        assert found.values is not None
+        found.values[0] = float("nan")
+        return found
+
+    collection.Collector.figures = break_one
+    try:
+        yield
+    finally:
+        collection.Collector.figures = figures
 
 
 @contextlib.contextmanager
