@@ -41,7 +41,13 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.inputs.run_inputs import find_tokenizer, overrides, place_of_ranks  # noqa: E402
+from benchmarks.inputs.run_inputs import (  # noqa: E402
+    ARCHITECTURE,
+    NUM_ROWS,
+    find_tokenizer,
+    overrides,
+    place_of_ranks,
+)
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine
@@ -88,6 +94,7 @@ def measure_case(engine: str, peft: str, args: argparse.Namespace, folder: Path)
             f"run_dir='{folder / 'run'}'",
         ]
     )
+    values["model"] |= {"path": str(make_base(folder)), "architecture": {}}
     case = {"repeats": args.repeats, "values": values, "tokenizer": tokenizer}
     case |= {"folder": str(folder), "staging": str(args.staging)}
     command = [sys.executable, __file__, "--rank", json.dumps(case)]
@@ -109,6 +116,16 @@ def measure_case(engine: str, peft: str, args: argparse.Namespace, folder: Path)
     result |= json.loads(line.removeprefix(RESULT))
     show(result)
     return result
+
+
+def make_base(folder: Path) -> Path:
+    """Write a model from scratch: adapters are tied to a folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **ARCHITECTURE, vocab_size=NUM_ROWS)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "base")
+    return folder / "base"
 
 
 def show(result: dict[str, Any]) -> None:

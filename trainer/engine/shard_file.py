@@ -11,13 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 Layout = list[tuple[str, int]]  # key and number of elements of each tensor, in the file's order
-BLOCK_BYTES = 8 << 20  # hashed and written at once: large for a file system, small for a cache
+BLOCK_BYTES = 4 << 20  # hashed and written at once: large for a file system, small for a cache
 
 
 def shard_header(layout: Layout) -> bytes:
@@ -92,12 +93,13 @@ def _read_blocks(file: Any) -> Iterator[memoryview]:
 def write_blocks(path: Path, blocks: Iterable[memoryview], *, sync: bool = True) -> dict[str, Any]:
     """Write a new file and, with ``sync``, to the disk; return its ``bytes`` and ``sha256``."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hasher:
         for block in blocks:
             for start in range(0, len(block), BLOCK_BYTES):
                 piece = block[start : start + BLOCK_BYTES]
-                digest.update(piece)
+                hashed = hasher.submit(digest.update, piece)  # while it is written
                 _write_all(file, piece)
+                hashed.result()
                 size += len(piece)
         if sync:
             os.fsync(file.fileno())
