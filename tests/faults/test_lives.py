@@ -70,18 +70,39 @@ def test_preemption_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir), **SLOW)
+    values = runs.values(run_dir)
+    values["log"] = {"wandb": "offline"}
+    job = runs.submit(values, **SLOW)
     wait_until(lambda: read_step(run_dir) >= 7, "step 7")
     urgent = cluster.submit(
         "#!/bin/bash\nsleep 3\n", "--account=ENT109001", "--partition=express", "--nodes=4",
         "--gres=gpu:2", "--output=/dev/null",
     )  # fmt: skip
     cluster.wait(urgent, "COMPLETED")
-    cluster.wait(job, "COMPLETED")
-    assert cluster.show(job)["Restarts"] == "1"
+    shown = cluster.wait(job, "COMPLETED")
+    assert shown["Restarts"] == "1"
     first, last = reasons(run_dir)
     assert first[1] == 75 and last[0] >= 7 and last[1:] == (0, "done")
     check_like(unbroken, run_dir)
+    check_saved_together(run_dir, step=last[0], num_ranks=2)
+    check_goes_on(run_dir, Path(shown["StdOut"]))
+
+
+def check_saved_together(run_dir: Path, step: int, num_ranks: int) -> None:
+    """Check that the checkpoint between two lives is of one step and of all ranks."""
+    [path] = [p for p in list_steps(run_dir / "checkpoints") if int(p.name[5:]) == step]
+    manifest = json.loads((path / "manifest.json").read_text())
+    shards = [name for name in manifest["files"] if name.startswith("rank_")]
+    assert (manifest["step"], len(shards)) == (step, num_ranks)
+
+
+def check_goes_on(run_dir: Path, output: Path) -> None:
+    """Check that logs were appended to, and that wandb was told of one run, not of two."""
+    log = (run_dir / "logs" / "rank_00000.log").read_text()
+    assert log.index("step 1/16") < log.index("step 8/16") < log.index("step 16/16")
+    assert "the run is finished at step 16" in output.read_text()
+    records = list((run_dir / "wandb").glob("offline-run-*"))
+    assert len(records) == 2 and len({path.name.rpartition("-")[2] for path in records}) == 1
 
 
 def test_a_cancelled_run_saves_and_can_be_submitted_again(
