@@ -55,8 +55,8 @@ def test_composition_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("override", "expected"),
     [
         ("loop.max_step=3", "loop.max_step is not a known key; did you mean loop.max_steps?"),
-        ("max_steps=3", "max_steps is not a known key; did you mean loop.max_steps?"),
-        ("lop.max_steps=3", "did you mean loop.max_steps?"),
+        ("max_steps=3", "max_steps is not a known key; did you mean loop.max_steps"),
+        ("lop.max_steps=3", "did you mean loop.max_steps"),
         ("modle=tiny", "modle is not a known key; did you mean model"),
         ("engine=zero9", "engine=zero9: expected zero0|zero1|"),
         ("schedule=cosin", "did you mean cosine?"),

@@ -75,6 +75,7 @@ def test_every_exit_code_of_an_error_is_decided_on() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
     codes = {c.exit_code for c in classes if issubclass(c, KuroshioError)}
     retried = {EXIT_RESUME, errors.LostRankError.exit_code, KuroshioError.exit_code}
+    retried |= {errors.CorruptionError.exit_code}
     retried |= {errors.PortTakenError.exit_code}
     assert codes == retried | set(job_end.FINAL)
 
