@@ -169,8 +169,9 @@ class Engine:
         self.names = {id(param): name for name, param in self.trainable().items()}
         self._grad_norm: torch.Tensor | None = None
         self._was_refused = False
-        is_fp16 = precision == "fp16"
-        self._scale_watch = LossScale(self.optimizer, engine.min_loss_scale) if is_fp16 else None
+        self._is_fp16 = precision == "fp16"
+        self._scale = LossScale(self.optimizer, engine.min_loss_scale) if self._is_fp16 else None
+        self._plain_fp32 = engine.zero_stage == 0 and precision == "fp32"
         self._cpu_adam = engine.offload_optimizer != "none"
         if engine.compile:
             self.engine.compile()
@@ -221,17 +222,13 @@ class Engine:
         if judge is None:
             self.engine.step()
         else:
-            step, is_fp16 = self.engine.step, self.precision == "fp16"
-            trial = step_on_trial(step, self.optimizer, judge, self._grad_norm, is_fp16=is_fp16)
+            known = (self.engine.step, self.optimizer, judge, self._grad_norm)
+            trial = step_on_trial(*known, is_fp16=self._is_fp16)
             self._grad_norm, self._was_refused = trial.norm, trial.refused
-        if self._scale_watch:
+        if self._scale:
             if self.config.zero_stage == 0 and self._grad_norm is None:
                 self._grad_norm = self._deepspeed_norm() / scale  # it leaves the scale in
-            self._scale_watch.end_step(self.overflowed(), self.loss_scale())
-
-    @property
-    def _plain_fp32(self) -> bool:
-        return self.config.zero_stage == 0 and self.precision == "fp32"
+            self._scale.end_step(self.overflowed(), self.loss_scale())
 
     def grad_norm(self) -> torch.Tensor:
         """Return the gradient norm of the last step, before clipping: [] on its device."""
@@ -243,11 +240,11 @@ class Engine:
 
     def overflowed(self) -> bool:
         """Return whether the last fp16 step was skipped because a gradient overflowed."""
-        return self.precision == "fp16" and not self._was_refused and bool(self.optimizer.overflow)
+        return self._is_fp16 and not self._was_refused and bool(self.optimizer.overflow)
 
     def loss_scale(self) -> float:
         """Return the current loss scale (1 without fp16)."""
-        return float(self.optimizer.loss_scale) if self.precision == "fp16" else 1.0
+        return float(self.optimizer.loss_scale) if self._is_fp16 else 1.0
 
     @contextmanager
     def gathered(self, module: torch.nn.Module) -> Iterator[None]:
