@@ -5,7 +5,7 @@
 Faults come as a Poisson process in the time that runs spend inside jobs (``--per-minute``, one by
 default) until there were ``--faults`` of them or ``--minutes`` are over; then the pipeline runs to
 its end. A fault is SIGKILL of a random rank, or with ``--node-share`` the loss of one of its nodes:
-the cable is unplugged, and plugged in again half a minute later. Nobody intervenes; Slurm's wait
+the cable is unplugged, and plugged in again a minute later. Nobody intervenes; Slurm's wait
 before a requeued job may start is cut to seconds, and counts as time outside of jobs. The
 undisturbed pipeline (``DIR/undisturbed``, shared by all seeds) goes through the same jobs.
 
@@ -43,7 +43,8 @@ from trainer.lives import read_lives  # noqa: E402
 from trainer.metrics.life import read_time  # noqa: E402
 
 POLL_S = 0.2
-OUTAGE_S = 30.0
+OUTAGE_S = 60.0  # Slurm gives the node up after about 20
+CALM_S = 20.0  # until a node that is back has ended what it ran: it refuses a second copy of a job
 NUM_NODES = 3  # one more than a job needs: a lost node is replaced
 # Young's rule for a save of 0.1 s and a fault a minute: a save each 3 or 4 seconds.
 DEFAULTS = ["engine.precision=fp32", "loop.log_every=1", "loop.save_every=10", "loop.keep_last=2"]
@@ -102,12 +103,13 @@ class Punisher:
     faults: list[Fault] = field(default_factory=list)
     _cut: dict[str, float] = field(default_factory=dict)
     _due: float = 0.0
+    _calm_from: float = 0.0
 
     def watch(self, timeout_s: float) -> None:
         """Disturb until all steps are done.
 
         Raises:
-            RuntimeError: a step failed, or the time is over.
+            RuntimeError: a step failed, Slurm gave a job up, or the time is over.
         """
         begun = last = time.monotonic()
         self._schedule()
@@ -135,9 +137,10 @@ class Punisher:
             lost = {n: s.reason for n, s in states.items() if s.state in ("failed", "held")}
             if lost or time.monotonic() > deadline:
                 raise RuntimeError(f"not finished: {lost or states}")
-            for step in states.values():
-                if step.state in ("submitted", "running"):
-                    hurry(step)
+            if time.monotonic() > self._calm_from:
+                for step in states.values():
+                    if step.state in ("submitted", "running"):
+                        hurry(step)
             time.sleep(POLL_S)
 
     def _schedule(self) -> None:
@@ -146,8 +149,10 @@ class Punisher:
 
     def _running_jobs(self) -> dict[str, str]:
         """Return the nodes of every job that holds some."""
-        lines = self.cluster.call("squeue", "-h", "-o", "%A %T %N").splitlines()
-        words = [line.split() for line in lines]
+        lines = self.cluster.call("squeue", "-h", "-o", "%A %T %N %r").splitlines()
+        if held := [line for line in lines if line.endswith(" held")]:
+            raise RuntimeError(f"Slurm holds a job for a person to look at: {held}")
+        words = [line.split()[:3] for line in lines]
         return {w[0]: w[2] for w in words if len(w) == 3 and w[1] in (*LIVING, ENDING)}
 
     def _strike(self, name: str, run: Path, jobs: dict[str, str]) -> bool:
@@ -177,6 +182,7 @@ class Punisher:
         for node in [n for n, until in self._cut.items() if time.monotonic() > until]:
             del self._cut[node]
             self.cluster.plug_in(node)
+            self._calm_from = time.monotonic() + CALM_S
 
     def _note_recoveries(self) -> None:
         for fault in self.faults:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster
@@ -22,9 +23,12 @@ import selectors, socket, sys
 asked = selectors.DefaultSelector()
 for port in map(int, sys.argv[1:]):
     asked.register(socket.create_server(("", port), backlog=64), selectors.EVENT_READ)
+asked.register(sys.stdin, selectors.EVENT_READ)
 print("listening", flush=True)
 while True:
     for key, _ in asked.select():
+        if key.fileobj is sys.stdin:  # closed
+            sys.exit()
         key.fileobj.accept()
         print("found", flush=True)
 """
@@ -71,14 +75,15 @@ def test_a_port_that_the_user_chose_is_named(tmp_path: Path) -> None:
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_job_takes_the_next_port(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
-    before = cluster.submit("#!/bin/bash\n", "--account=MST109001", "--gres=gpu:1")
+    before = cluster.submit(
+        "#!/bin/bash\n", "--account=MST109001", "--gres=gpu:1", "--output=/dev/null"
+    )
     next_jobs = range(int(before) + 1, int(before) + 5)  # checks of a submission take numbers too
     taken = [str(20000 + job % 10000) for job in next_jobs]
     command = [sys.executable, "-u", "-c", LISTEN, *taken]
     nodes = [machine.inside(*command) for n, machine in cluster.machines.items() if n != "switch"]
-    listeners = [
-        subprocess.Popen(node, stdout=subprocess.PIPE, text=True) for node in nodes or [command]
-    ]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    listeners = [subprocess.Popen(node, **pipes) for node in nodes or [command]]
     try:
         assert all(p.stdout and p.stdout.readline() == "listening\n" for p in listeners)
         run_dir = tmp_path / "run"
@@ -89,6 +94,5 @@ def test_a_job_takes_the_next_port(runs: Runs, cluster: Cluster, tmp_path: Path)
         cluster.wait(job, "COMPLETED")
         assert newest_step(run_dir) == 2 and cluster.show(job)["Restarts"] == "0"
     finally:
-        for process in listeners:
-            process.kill()
-    assert any("found" in p.stdout.read() for p in listeners if p.stdout)
+        said = [process.communicate("")[0] for process in listeners]  # which closes their input
+    assert any("found" in words for words in said)
