@@ -94,7 +94,7 @@ def measure_case(engine: str, peft: str, args: argparse.Namespace, folder: Path)
             f"run_dir='{folder / 'run'}'",
         ]
     )
-    values["model"] |= {"path": str(make_base(folder)), "architecture": {}}
+    values["model"] |= {"path": str(make_base(folder)), "architecture": None}
     case = {"repeats": args.repeats, "values": values, "tokenizer": tokenizer}
     case |= {"folder": str(folder), "staging": str(args.staging)}
     command = [sys.executable, __file__, "--rank", json.dumps(case)]
