@@ -159,7 +159,7 @@ def measured_seconds(run_dir: Path, num_ranks: int) -> dict[str, float]:
     for manifest in sorted((run_dir / CHECKPOINTS_NAME).glob("step_*/manifest.json"), reverse=True):
         try:
             measured = json.loads(manifest.read_text(encoding="utf-8"))["state"]["seconds"]
-        except (ValueError, KeyError):  # damaged, or older than measuring: the ranks walk back too
+        except (ValueError, KeyError, RecursionError):  # damaged, or older than measuring
             continue
         found: dict[str, float] = {}
         for ranks, seconds in measured.items():

@@ -171,14 +171,34 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     Raises:
         DataError: truncated or not a safetensors file.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
         try:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header would have {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+        except (struct.error, ValueError, RecursionError) as error:
             raise DataError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise DataError(f"{path} is not a safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _describes_tensor(entry, size - 8 - length):
+            raise DataError(f"{path} is damaged: its header describes no tensor under {name!r}")
     return header
+
+
+def _describes_tensor(entry: Any, num_bytes: int) -> bool:
+    """Return whether an entry of a safetensors header has type, shape and a place in the data."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+        return False
+    if not all(type(number) is int and number >= 0 for number in [*shape, *place]):
+        return False
+    return place[0] <= place[1] <= num_bytes
 
 
 def write_pair_manifest(
@@ -275,7 +295,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a JSON {type(value).__name__}, expected an object")

@@ -112,6 +112,15 @@ def build_fast_tokenizer(model_bytes: bytes, origin: str) -> PreTrainedTokenizer
         DataError: not a SentencePiece model, or of a type other than BPE and unigram.
     """
     model = parse_model(model_bytes, origin)
+    try:
+        return _build(model, origin)
+    except DataError:
+        raise
+    except Exception as error:  # ids out of range here, and whatever the Rust side finds wrong
+        raise DataError(f"{origin} is damaged: no tokenizer can be made of it ({error})") from error
+
+
+def _build(model: Any, origin: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(_backend_model(model, origin))
     backend.normalizer = _normalizer(model)
     backend.decoder = _decoder(model)

@@ -111,7 +111,7 @@ def read_holder(run_dir: Path) -> Holder | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         values["process"] = Process(**values["process"])
         return Holder(**values, heartbeat=beat, has_ended=has_ended)
-    except (ValueError, KeyError, TypeError) as error:  # as a power failure leaves it
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # after a power failure
         damage = f"{type(error).__name__}: {error}"
         nobody = Process("", "", 0, 0)
         return Holder(token, "an unknown host", None, 0, nobody, "", beat, has_ended, damage)

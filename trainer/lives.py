@@ -83,7 +83,7 @@ def _read_lines(path: Path) -> Iterator[Life]:
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:  # torn by a kill or a full disk
+            except (ValueError, RecursionError):  # torn by a kill or a full disk
                 continue
             if isinstance(line, dict):
                 yield line
@@ -108,7 +108,7 @@ def _describe_cut(path: Path) -> str:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         begun, stop = note["begun"], note["stop"]
-    except (OSError, ValueError, KeyError, TypeError):  # cut off in this very file
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # cut off in it
         return f"{what}; what there is of it is ignored"
     if not stop:
         return f"{what} (begun {begun}); what there is of it is ignored"

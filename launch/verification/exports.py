@@ -119,9 +119,10 @@ def _compare(
 ) -> tuple[list[str], int]:
     """Return what differs, and how many tensors were looked at."""
     import torch
-    from safetensors import safe_open
 
-    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    from trainer.models.shards import open_tensors
+
+    files = [open_tensors(path) for path in sorted(folder.glob("*.safetensors"))]
     there = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     wrong = [f"{name} is missing" for name in sorted(wanted.keys() - there.keys())[:3]]
     wrong += [f"{name} is of no checkpoint" for name in sorted(there.keys() - wanted.keys())[:3]]

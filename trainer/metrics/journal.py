@@ -31,7 +31,8 @@ def plain(value: Any) -> Any:
 
 def encode_line(record: dict[str, Any]) -> bytes:
     """Return one line of the journal."""
-    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate as JSON escapes it
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -42,7 +43,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:  # the writer was killed inside this line, or is writing it now
+            except (ValueError, RecursionError):  # torn by a kill, or being written now
                 continue
             if isinstance(record, dict):
                 yield record

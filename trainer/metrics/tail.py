@@ -50,7 +50,7 @@ def _parse(data: bytes, is_whole: bool) -> list[Record]:
     for line in lines if is_whole else lines[1:]:  # the first may have lost its beginning
         try:
             record = json.loads(line)
-        except ValueError:  # empty, torn by a kill, or being written
+        except (ValueError, RecursionError):  # empty, torn by a kill, or being written
             continue
         if isinstance(record, dict):
             records.append(record)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from tokenizer.load import MANIFEST_NAME, safetensors_header
 from trainer.errors import ConfigError
 from trainer.models.identity import model_identity, published_name
+from trainer.models.shards import open_tensors
 
 LOG = logging.getLogger(__name__)
 CONFIG_NAME = "adapter_config.json"
@@ -57,7 +57,7 @@ class AdapterFiles:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its name in the file."""
-        with safe_open(self.folder / WEIGHTS_NAME, "pt") as file:
+        with open_tensors(self.folder / WEIGHTS_NAME) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -116,11 +116,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder} is no adapter folder: {error}") from error
-    if config.get("peft_type") != "LORA":
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
         raise ConfigError(
-            f"the adapter {folder} is of type {config.get('peft_type')}; only LoRA (also rsLoRA "
+            f"the adapter {folder} is of type {kind}; only LoRA (also rsLoRA "
             "and DoRA) can be continued and merged"
         )
     if config.get("bias", "none") != "none" or config.get("lora_bias"):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer.errors import CheckpointError
 from trainer.models.adapter_files import ADAPTED, NAME, WEIGHTS_NAME, file_name, scale_of
 from trainer.models.merge import merge
+from trainer.models.shards import open_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -53,7 +54,7 @@ class Weights:
         adapters = {name for name in trained if ".lora_" in name}
         self._trained = {n.removeprefix(ADAPTED): n for n in trained if n not in adapters}
         self._adapters = {n.removeprefix(ADAPTED) for n in adapters}
-        self._base = _open_folder(base_folder) if base_folder else {}
+        self._base = open_folder(base_folder) if base_folder else {}
         self.shapes = {name: list(trained[full]) for name, full in self._trained.items()}
         self.shapes |= {name: list(buffer.shape) for name, buffer in self._buffers.items()}
         for name, file in self._base.items():
@@ -102,11 +103,11 @@ def transposed_weights(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in layers if isinstance(module, Conv1D)}
 
 
-def _open_folder(folder: Path) -> dict[str, safe_open]:
+def open_folder(folder: Path) -> dict[str, safe_open]:
     """Return the open safetensors file of every parameter in a model folder."""
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
-        file = safe_open(path, "pt")
+        file = open_tensors(path)
         files.update(dict.fromkeys(file.keys(), file))
     if not files:
         raise CheckpointError(

@@ -70,7 +70,8 @@ def _tensor_digests(path: Path) -> dict[str, str]:
         data_start = 8 + int.from_bytes(file.read(8), "little")
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
+            kind = f"{entry['dtype']} {entry['shape']}"
+            digest = hashlib.sha256(kind.encode("utf-8", "backslashreplace"))
             for offset in _block_offsets(stop - start):
                 file.seek(data_start + start + offset)
                 digest.update(file.read(min(BLOCK_BYTES, stop - start - offset)))

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import initialize_weights_zero3
@@ -29,6 +28,7 @@ from trainer.models.filling import Fill, Made, Trimming, fill_plain, return_free
 from trainer.models.pickled import only_tensors
 from trainer.models.quantize import Quantization, quantize_layers
 from trainer.models.remote_code import refuse_fetched_kernels, runs_own_code
+from trainer.models.shards import open_tensors
 
 LOG = logging.getLogger(__name__)
 LANGUAGE = AutoModelForCausalLM
@@ -263,7 +263,7 @@ def _open_matching(
     params = dict(model.named_parameters())
     stored: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        file = safe_open(path, "pt")
+        file = open_tensors(path)
         stored.update(dict.fromkeys(file.keys(), file))
     same = all(
         n in made or (n in stored and stored[n].get_slice(n).get_shape() == _shape(p))

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +30,20 @@ COPY_BYTES = 1 << 24
 Progress = Callable[[int], None]  # called with the number of bytes written
 # From a tensor's name and its map [rows, ...] to its new values, in chunks of rows.
 NewValues = Callable[[str, Tensor], Iterable[Tensor]]
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file to read tensors by name.
+
+    Raises:
+        DataError: it is truncated, damaged or none.
+    """
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}; it may be truncated or damaged: copy it again"
+        ) from error
 
 
 def rewrite_shard(

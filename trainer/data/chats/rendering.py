@@ -105,8 +105,8 @@ class Renderer:
                 add_generation_prompt=generate,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise RowError(f"chat template: {error or type(error).__name__}") from error
+        except (TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
+            raise RowError(f"chat template: {str(error) or type(error).__name__}") from error
         return text
 
     @cached_property

@@ -204,15 +204,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"token store {folder} has no readable {MANIFEST}: {error}; delete the folder and run "
             "`kuroshio prepare` again"
         ) from error
-    if manifest.get("format") != STORE_FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != STORE_FORMAT:
         raise DataError(
-            f"token store {folder} has format {manifest.get('format')!r}, expected {STORE_FORMAT}; "
+            f"token store {folder} has format {found!r}, expected {STORE_FORMAT}; "
             "run `kuroshio prepare` again with another data.store_dir"
+        )
+    arrays = manifest.get("arrays")
+    known = {"tokens", *DOCUMENT_ARRAYS, *(n for names in CONTENT_ARRAYS.values() for n in names)}
+    if (
+        not isinstance(arrays, dict)
+        or not {"tokens", *DOCUMENT_ARRAYS} <= arrays.keys() <= known
+        or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in arrays.values())
+    ):
+        raise DataError(
+            f"token store {folder}: {MANIFEST} does not describe its arrays; delete the folder and "
+            "run `kuroshio prepare` again"
         )
     return manifest
 
@@ -236,6 +248,8 @@ def verify(folder: Path) -> None:
     """
     for array, entry in read_manifest(folder)["arrays"].items():
         path = folder / f"{array}.npy"
+        if not path.is_file():
+            raise DataError(f"{path} is missing; delete {folder} and run `kuroshio prepare` again")
         found = sha256_of(path)
         if found != entry["sha256"]:
             raise DataError(

@@ -38,7 +38,8 @@ COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BOM = b"\xef\xbb\xbf"
 SNIFF_BYTES = 1 << 16
 MAX_ASCII_BYTES = 1 << 26  # looked through for the first other character
-READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error, pa.ArrowException)
+# A broken length may ask for more memory than there is.
+READ_ERRORS = (OSError, EOFError, UnicodeError, MemoryError, zlib.error, pa.ArrowException)
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def naming_the_file(path: Path) -> Iterator[None]:
         yield
     except READ_ERRORS as error:
         raise DataError(
-            f"{path} cannot be read: {error or type(error).__name__}; it may be damaged, truncated "
+            f"{path} cannot be read: {str(error) or type(error).__name__}; it may be damaged, truncated "
             "or unreadable for this user"
         ) from error
 

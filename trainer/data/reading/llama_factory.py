@@ -138,8 +138,11 @@ def parse_entry(name: str, value: Any, folder: Path, info: Path) -> Entry:
 
 def _find_file(name: str, value: dict[str, Any], folder: Path, where: str) -> Path:
     file_name = value.get("file_name")
-    if isinstance(file_name, str) and (folder / file_name).exists():
-        return folder / file_name
+    try:
+        if isinstance(file_name, str) and (folder / file_name).exists():
+            return folder / file_name
+    except (OSError, ValueError) as error:  # too long for a name, or with a NUL in it
+        raise DataError(f"{where}: its file_name is none: {str(error)[:200]}") from error
     hubs = [f"{value[key]} on {site}" for key, site in HUBS.items() if value.get(key)]
     if isinstance(file_name, str):
         raise DataError(f"{where}: its file {folder / file_name} does not exist; put it there")

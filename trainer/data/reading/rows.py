@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.data.reading.columns import name_columns
@@ -241,8 +242,40 @@ def _record_batches(
     _check_columns(reader.schema.names, columns or (), path)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
     for batch in batches:
+        for column in batch.columns:
+            refuse_broken(column)
         for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
             yield batch.slice(start, ARROW_BATCH_ROWS)
+
+
+def refuse_broken(array: pa.Array) -> None:
+    """Raise ArrowInvalid where lengths and offsets lead out of an array's memory.
+
+    Arrow trusts what a file says of them: reading a value behind a broken one ends the process.
+    Texts are looked at as bytes, since invalid UTF-8 spoils its row alone.
+    """
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        array.indices.validate(full=True)
+        refuse_broken(array.dictionary)
+        array.validate()
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        wide = pa.types.is_large_string(kind)
+        array.view(pa.large_binary() if wide else pa.binary()).validate(full=True)
+    elif pa.types.is_struct(kind):
+        array.validate()
+        for at in range(kind.num_fields):
+            refuse_broken(array.field(at))
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        array.validate()
+        places = array.offsets
+        steps = pc.subtract(places.slice(1), places.slice(0, len(places) - 1))
+        lowest, inside = pc.min(steps).as_py(), (pc.max(places).as_py() or 0) <= len(array.values)
+        if (lowest is not None and lowest < 0) or not inside:
+            raise pa.ArrowInvalid("offsets of a list lead out of its values")
+        refuse_broken(array.values)
+    else:
+        array.validate(full=True)
 
 
 def _as_bytes(batch: pa.RecordBatch, name: str, path: Path) -> list[bytes | None]:
