@@ -48,7 +48,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+def sentencepiece_bytes() -> bytes:
     """Train a small SentencePiece BPE as LLaMA's is made: byte fallback, texts left as they are."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -61,4 +61,9 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    return with_control_tokens(build_fast_tokenizer(model.getvalue(), "the test's model"))
+    return model.getvalue()
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the fast tokenizer of that model, with the tokens of all templates."""
+    return with_control_tokens(build_fast_tokenizer(sentencepiece_bytes(), "the test's model"))
