@@ -22,7 +22,7 @@ Results = dict[str, dict[str, Any]]
 
 
 class FaultRecord:
-    """Gathers the results of marked tests, from all workers, and writes them at the end."""
+    """Gathers the results of marked tests, from all workers."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.results = path, Results()
@@ -36,8 +36,11 @@ class FaultRecord:
         result["seconds"] = round(result["seconds"] + report.duration, 1)
         if report.outcome != "passed" and result["outcome"] != "failed":
             result["outcome"] = report.outcome
+        if report.when == "teardown":
+            self.write()
 
-    def pytest_sessionfinish(self) -> None:
+    def write(self) -> None:
+        """Bring what is known into the file: the session may be cut short."""
         known = read_results(self.path) if self.path.exists() else {}
         text = json.dumps(dict(sorted((known | self.results).items())), indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")

@@ -166,7 +166,10 @@ def test_a_lost_node_is_replaced_and_its_ranks_cannot_write_any_more(
     if cluster.variant == "simple":
         pytest.skip("a node without a network of its own cannot be cut off")
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir), hold_save=10)
+    # Longer than the test, so that neither a collective nor the watchdog ends the old ranks.
+    values = runs.values(run_dir, timeout_s=3600)
+    values["loop"] |= {"save_async": False}
+    job = runs.submit(values, hold_save=10)
     wait_until((run_dir / "held").exists, "rank 0 to be in its save")
     lost = cluster.show(job)["BatchHost"]
     cluster.cut(lost)

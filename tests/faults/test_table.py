@@ -60,7 +60,7 @@ def test_a_failure_stays_one_and_other_results_are_kept(tmp_path: Path) -> None:
     for nodeid, outcome in (("t[1]", "passed"), ("t[2]", "failed"), ("t[3]", "passed")):
         record.pytest_runtest_logreport(Report(nodeid, outcome, [4]))  # type: ignore[arg-type]
     record.pytest_runtest_logreport(Report("other", "failed", []))  # type: ignore[arg-type]
-    record.pytest_sessionfinish()
+    record.write()
     found = read_results(path)
     assert list(found) == ["old", "t"]
     assert found["t"] == {"rows": [4], "outcome": "failed", "seconds": 3.0}
