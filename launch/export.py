@@ -101,7 +101,8 @@ def _write_model(
     from rich.progress import track
     from transformers import GenerationConfig
 
-    from tokenizer.load import load_tokenizer, num_ids, write_pair_manifest
+    from tokenizer.load import load_tokenizer, num_ids
+    from tokenizer.pair import write_pair_manifest
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
     from trainer.models.export import write_shards

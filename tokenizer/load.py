@@ -1,4 +1,4 @@
-"""Load, save, identify a tokenizer, and check that it belongs to a model."""
+"""Load, save and identify a tokenizer; read what a model folder says of its size."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     json_file, model_file = path / JSON_NAME, sentencepiece_file(path)
     if path.is_dir() and json_file.is_file():
-        whole = _read_json(json_file)
-        named = _read_json(path / "tokenizer_config.json")
+        whole = read_json(json_file)
+        named = read_json(path / "tokenizer_config.json")
         ends = {key: _content(named.get(key)) for key in ("bos_token", "eos_token")}
         parts = {key: whole.get(key) for key in ENCODING_KEYS}
         digest.update(json.dumps([parts, ends], sort_keys=True).encode())
@@ -128,7 +128,7 @@ def save_tokenizer(
 
 def _name_portable_class(config_file: Path) -> None:
     """Name the class that transformers 4 and 5 both know; 5 alone knows ``TokenizersBackend``."""
-    config = _read_json(config_file)
+    config = read_json(config_file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -156,7 +156,7 @@ def embedding_rows(model_folder: str | Path) -> int:
         for name, entry in safetensors_header(shard).items():
             if name.endswith(INPUT_MATRIX_SUFFIXES):
                 return int(entry["shape"][0])
-    size = _read_json(model_folder / "config.json").get("vocab_size")
+    size = read_json(model_folder / "config.json").get("vocab_size")
     if size is None:
         raise ConfigError(
             f"model.path={model_folder}: no safetensors file with an input embedding and no "
@@ -201,73 +201,17 @@ def _describes_tensor(entry: Any, num_bytes: int) -> bool:
     return place[0] <= place[1] <= num_bytes
 
 
-def write_pair_manifest(
-    model_folder: str | Path, tokenizer_path: str | Path, more: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Tie a tokenizer to the model folder by writing ``kuroshio.json`` there.
-
-    Args:
-        model_folder: a Hugging Face model folder.
-        tokenizer_path: its tokenizer (a folder or ``.model``).
-        more: further entries (for instance which rows are real and how they were initialised).
-
-    Returns:
-        The manifest.
-    """
-    model_file = sentencepiece_file(tokenizer_path)
-    manifest = {
-        "format": "kuroshio-pair-1",
-        "tokenizer_fingerprint": fingerprint(tokenizer_path),
-        "template_sha256": template_sha256(tokenizer_path),
-        "sentencepiece_sha256": fingerprint(model_file) if model_file else None,
-        "vocab_size": vocab_size(tokenizer_path),
-        "embedding_rows": embedding_rows(model_folder),
-        **(more or {}),
-    }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (Path(model_folder) / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
-    return manifest
-
-
 def template_sha256(path: str | Path) -> str | None:
     """Return the SHA-256 of a folder's chat template; None where it has none."""
     template = _chat_template(Path(path))
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
-def check_pair(model_folder: str | Path, tokenizer_path: str | Path) -> None:
-    """Refuse a tokenizer that is not the model's.
-
-    With a manifest in the model folder the fingerprint must be the recorded one; without, only the
-    sizes can be compared: a model needs at least as many rows as the tokenizer has ids.
-
-    Raises:
-        ConfigError: naming both sizes.
-    """
-    ids, rows = vocab_size(tokenizer_path), embedding_rows(model_folder)
-    sizes = f"the tokenizer has {ids} ids, the model {rows} embedding rows"
-    if rows < ids:
-        raise ConfigError(
-            f"tokenizer.path={tokenizer_path} does not fit model.path={model_folder}: {sizes}; "
-            "resize the model with stage=vocab, or use the model's own tokenizer"
-        )
-    manifest = _read_json(Path(model_folder) / MANIFEST_NAME)
-    known = {manifest.get("tokenizer_fingerprint"), manifest.get("sentencepiece_sha256")} - {None}
-    if known and fingerprint(tokenizer_path) not in known:
-        raise ConfigError(
-            f"tokenizer.path={tokenizer_path} is not the tokenizer of model.path={model_folder}: "
-            f"{sizes}, made for {manifest.get('vocab_size')} ids of another tokenizer "
-            f"(fingerprint {fingerprint(tokenizer_path)[:12]}, recorded "
-            f"{str(manifest.get('tokenizer_fingerprint'))[:12]} in {MANIFEST_NAME}); "
-            "use the tokenizer inside the model folder"
-        )
-
-
 def _special_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Return bos, eos, unk and pad that a folder's JSON files name and the vocabulary holds."""
     named = {
-        **_read_json(folder / "special_tokens_map.json"),
-        **{k: v for k, v in _read_json(folder / "tokenizer_config.json").items() if v},
+        **read_json(folder / "special_tokens_map.json"),
+        **{k: v for k, v in read_json(folder / "tokenizer_config.json").items() if v},
     }
     vocab = tokenizer.get_vocab()
     keys = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -280,7 +224,7 @@ def _chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    named = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    named = read_json(folder / "tokenizer_config.json").get("chat_template")
     return named if isinstance(named, str) else None
 
 
@@ -289,7 +233,7 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object, or an empty one when there is no such file."""
     if not path.is_file():
         return {}

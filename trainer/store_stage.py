@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokenizer.load import check_pair, load_tokenizer
+from tokenizer.load import load_tokenizer
+from tokenizer.pair import check_pair
 from trainer import faults
 from trainer.config import RunConfig
 from trainer.data.batches.collate import Batch

@@ -53,7 +53,7 @@ def check_files(
 def _check_content(
     run_dir: Path, config: Mapping[str, Any], folder: Path, record: Mapping[str, Any]
 ) -> Iterator[Check]:
-    from tokenizer.load import check_pair
+    from tokenizer.pair import check_pair
 
     try:
         if not record.get("adapter"):

@@ -10,16 +10,15 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tokenizer.load import (
-    check_pair,
     embedding_rows,
     fingerprint,
     load_tokenizer,
     num_ids,
     save_tokenizer,
     vocab_size,
-    write_pair_manifest,
 )
 from tokenizer.merge import merge_clean
+from tokenizer.pair import check_pair, write_pair_manifest
 from tokenizer.spm import processor_from
 from tokenizer.train import train_pieces
 from trainer.errors import ConfigError, DataError

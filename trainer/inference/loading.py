@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tokenizer.load import JSON_NAME, check_pair, load_tokenizer, sentencepiece_file
+from tokenizer.load import JSON_NAME, load_tokenizer, sentencepiece_file
+from tokenizer.pair import check_pair
 from trainer.config import ModelConfig
 from trainer.data.chats.chat import resolve_template
 from trainer.engine.precision import DTYPES, native_precision

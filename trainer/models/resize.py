@@ -20,8 +20,8 @@ from tokenizer.load import (
     load_tokenizer,
     safetensors_header,
     save_tokenizer,
-    write_pair_manifest,
 )
+from tokenizer.pair import write_pair_manifest
 from trainer.errors import ConfigError
 from trainer.models.aside import written_aside
 from trainer.models.identity import model_identity

@@ -12,8 +12,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizer.audit import Candidate, Subject, TokenFlops, audit
 from tokenizer.audit_page import render_page, summarise
 from tokenizer.extension import Extended, Rules, extend_tokenizer
-from tokenizer.load import check_pair, fingerprint
+from tokenizer.load import fingerprint
 from tokenizer.measure import Encoder
+from tokenizer.pair import check_pair
 from tokenizer.scripts import DEFAULT_SCRIPTS, SCRIPT_PATTERNS
 from tokenizer.spm import truncate_model
 from tokenizer.train import TextSample, train_pieces

@@ -10,7 +10,7 @@ import pytest
 
 from launch.graph import lineage
 from launch.json_file import write_json
-from tokenizer.load import write_pair_manifest
+from tokenizer.pair import write_pair_manifest
 from trainer.errors import CheckpointError, ConfigError
 
 

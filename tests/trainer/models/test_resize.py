@@ -17,8 +17,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tokenizer.load import check_pair, fingerprint, load_tokenizer, save_tokenizer, vocab_size
+from tokenizer.load import fingerprint, load_tokenizer, save_tokenizer, vocab_size
 from tokenizer.merge import merge_clean
+from tokenizer.pair import check_pair
 from tokenizer.train import train_pieces
 from trainer.errors import ConfigError, StorageError
 from trainer.models.new_rows import iterate_new_rows, mean_row, relate_vocabularies

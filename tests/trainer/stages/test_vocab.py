@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tokenizer.load import check_pair, load_tokenizer, save_tokenizer, vocab_size
+from tokenizer.load import load_tokenizer, save_tokenizer, vocab_size
+from tokenizer.pair import check_pair
 from tokenizer.train import train_pieces
 from trainer.config import build, load_config
 from trainer.errors import ConfigError, DataError, StorageError

@@ -120,9 +120,10 @@ def naming_the_file(path: Path) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
+        reason = str(error) or type(error).__name__
         raise DataError(
-            f"{path} cannot be read: {str(error) or type(error).__name__}; it may be damaged, truncated "
-            "or unreadable for this user"
+            f"{path} cannot be read: {reason}; it may be damaged, truncated or unreadable for this "
+            "user"
         ) from error
 
 
