@@ -49,7 +49,7 @@ class Report:
     """What a report says of one phase of a test."""
 
     def __init__(self, nodeid: str, outcome: str, rows: list[int]) -> None:
-        self.nodeid, self.outcome, self.duration = nodeid, outcome, 1.0
+        self.nodeid, self.outcome, self.duration, self.when = nodeid, outcome, 1.0, "teardown"
         self.user_properties = [("fault row", row) for row in rows]
 
 
@@ -60,7 +60,6 @@ def test_a_failure_stays_one_and_other_results_are_kept(tmp_path: Path) -> None:
     for nodeid, outcome in (("t[1]", "passed"), ("t[2]", "failed"), ("t[3]", "passed")):
         record.pytest_runtest_logreport(Report(nodeid, outcome, [4]))  # type: ignore[arg-type]
     record.pytest_runtest_logreport(Report("other", "failed", []))  # type: ignore[arg-type]
-    record.write()
     found = read_results(path)
     assert list(found) == ["old", "t"]
     assert found["t"] == {"rows": [4], "outcome": "failed", "seconds": 3.0}
