@@ -48,7 +48,7 @@ CALM_S = 20.0  # until a node that is back has ended what it ran: it refuses a s
 NUM_NODES = 3  # one more than a job needs: a lost node is replaced
 # Young's rule for a save of 0.1 s and a fault a minute: a save each 3 or 4 seconds.
 DEFAULTS = ["engine.precision=fp32", "loop.log_every=1", "loop.save_every=10", "loop.keep_last=2"]
-DEFAULTS += ["ppo.loop.save_every=1", "reward.loop.save_every=5", "dpo.loop.save_every=5"]
+OF_DEMO = ["ppo.loop.save_every=1", "reward.loop.save_every=5", "dpo.loop.save_every=5"]
 PLACE = ["cluster=local_slurm", "cluster.account=MST109001", 'cluster.site.gres="gpu:{n}"']
 PLACE += ["cluster.nodes=2", "cluster.gpus_per_node=1", "cluster.max_lives=99"]
 # Bad luck in a row is no crash loop at such a rate; a second thread would decide the last bits.
@@ -234,7 +234,8 @@ def main() -> int:
     options = parse()
     os.environ["OMP_NUM_THREADS"] = "1"
     out = options.out.absolute()
-    words = [f"pipeline={options.pipeline}", *DEFAULTS, *options.set]
+    own = OF_DEMO if options.pipeline == "demo" else []
+    words = [f"pipeline={options.pipeline}", *DEFAULTS, *own, *options.set]
 
     def run(cluster: Cluster, name: str, per_minute: float) -> Punisher:
         kuroshio("submit", *words, f"dir={out}/{name}", *PLACE)
