@@ -189,7 +189,8 @@ class Engine:
     def backward(self, loss: torch.Tensor, is_last: bool | None = None) -> None:
         """Accumulate the gradient of ``loss`` (already divided by the global target count).
 
-        DeepSpeed averages over ranks; multiplying by their number turns that into the sum.
+        DeepSpeed averages over ranks; multiplying by their number turns that into the sum. Under
+        ZeRO-0 it divides fp16 gradients by the loss scale without having multiplied the loss by it.
 
         Args:
             loss: [].
@@ -198,7 +199,8 @@ class Engine:
         """
         if is_last is not None:
             self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        factor = self.world_size * (self.loss_scale() if self.config.zero_stage == 0 else 1.0)
+        self.engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, lr: float, held: str | None = None, judge: Judge | None = None) -> None:
         """Update the weights on a window's last micro-batch; before that, only count.
@@ -219,10 +221,11 @@ class Engine:
             self._grad_norm = global_norm(self.engine.module.parameters())
         if self._cpu_adam:
             reset_cpu_adam(self.optimizer)
+        step = self._scale.stepping(self.engine.step) if self._scale else self.engine.step
         if judge is None:
-            self.engine.step()
+            step()
         else:
-            known = (self.engine.step, self.optimizer, judge, self._grad_norm)
+            known = (step, self.optimizer, judge, self._grad_norm)
             trial = step_on_trial(*known, is_fp16=self._is_fp16)
             self._grad_norm, self._was_refused = trial.norm, trial.refused
         if self._scale:

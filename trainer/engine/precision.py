@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,11 +51,30 @@ class LossScale:
     """
 
     def __init__(self, optimizer: Any, minimum: float) -> None:
-        self._minimum, self._num_overflows = minimum, 0
+        self._minimum, self._num_overflows, self._optimizer = minimum, 0, optimizer
         self._scales: deque[float] = deque(maxlen=2 * MAX_OVERFLOWS)
         own = vars(_find_scaler(optimizer))
         if "raise_error_at_min_scale" in own:  # at the first overflow, without a word on the run
             own["raise_error_at_min_scale"] = False
+
+    def stepping(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return ``step`` with the scale changed after it.
+
+        DeepSpeed (0.19.8) grows the scale within the step and then divides gradients that were
+        multiplied by the old one: they, and the moments, would be halved.
+        """
+
+        def step_before_scaling() -> None:
+            overflows: list[bool] = []
+            self._optimizer._update_scale = overflows.append
+            try:
+                step()
+            finally:
+                del self._optimizer._update_scale
+            for overflow in overflows:
+                self._optimizer._update_scale(overflow)
+
+        return step_before_scaling
 
     def end_step(self, overflowed: bool, scale: float) -> None:
         """Note how a step ended, and the scale after it.
