@@ -46,7 +46,6 @@ POLL_S = 0.2
 OUTAGE_S = 60.0  # Slurm gives the node up after about 20
 CALM_S = 20.0  # until a node that is back has ended what it ran: it refuses a second copy of a job
 NUM_NODES = 3  # one more than a job needs: a lost node is replaced
-# Young's rule for a save of 0.1 s and a fault a minute: a save each 3 or 4 seconds.
 DEFAULTS = ["engine.precision=fp32", "loop.log_every=1", "loop.save_every=10", "loop.keep_last=2"]
 OF_DEMO = ["ppo.loop.save_every=1", "reward.loop.save_every=5", "dpo.loop.save_every=5"]
 PLACE = ["cluster=local_slurm", "cluster.account=MST109001", 'cluster.site.gres="gpu:{n}"']
@@ -234,7 +233,7 @@ def main() -> int:
     options = parse()
     os.environ["OMP_NUM_THREADS"] = "1"
     out = options.out.absolute()
-    own = OF_DEMO if options.pipeline == "demo" else []
+    own = OF_DEMO * (options.pipeline == "demo")
     words = [f"pipeline={options.pipeline}", *DEFAULTS, *own, *options.set]
 
     def run(cluster: Cluster, name: str, per_minute: float) -> Punisher:

@@ -54,4 +54,4 @@ def test_a_punished_pipeline_ends_equal(tmp_path: Path) -> None:
     for each in (punished, undisturbed):
         assert 0 < each["productive_s"] < each["in_jobs_s"]
         share = each["productive_s"] / each["in_jobs_s"]
-        assert each["effective_share"] == pytest.approx(share, abs=1e-3)
+        assert each["effective_share"] == pytest.approx(share, abs=0.01)  # rounded
