@@ -45,7 +45,7 @@ from trainer.metrics.life import read_time  # noqa: E402
 POLL_S = 0.2
 OUTAGE_S = 60.0  # Slurm gives the node up after about 20
 CALM_S = 20.0  # until a node that is back has ended what it ran: it refuses a second copy of a job
-NUM_NODES = 3  # one more than a job needs: a lost node is replaced
+NUM_NODES = 3  # a lost one is replaced
 DEFAULTS = ["engine.precision=fp32", "loop.log_every=1", "loop.save_every=10", "loop.keep_last=2"]
 OF_DEMO = ["ppo.loop.save_every=1", "reward.loop.save_every=5", "dpo.loop.save_every=5"]
 PLACE = ["cluster=local_slurm", "cluster.account=MST109001", 'cluster.site.gres="gpu:{n}"']
@@ -192,8 +192,7 @@ class Punisher:
 
 def newest_record(run: Path) -> float:
     """Return when a run's last step was recorded, in seconds since the epoch; 0 for never."""
-    steps = journal(run, "train")
-    return (read_time(steps[-1]["time"]) or 0.0) if steps else 0.0
+    return max((read_time(r["time"]) or 0.0 for r in journal(run, "train")[-1:]), default=0.0)
 
 
 def account(run: Path) -> dict[str, float]:
