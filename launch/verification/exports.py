@@ -78,10 +78,12 @@ def check_weights(
     record: Mapping[str, Any],
 ) -> Check:
     """Make some of an export's tensors again from the checkpoint, and compare them by name."""
+    from safetensors import SafetensorError
+
     try:
         wanted, made, dtype = _open_weights(run_dir, config, checkpoint, record)
         wrong, num = _compare(folder, wanted, made, dtype)
-    except (KuroshioError, OSError, KeyError) as error:
+    except (KuroshioError, OSError, KeyError, SafetensorError) as error:
         return unchecked(TOPIC, f"{folder}: its weights cannot be made again: {error}")
     if wrong:
         return problem(TOPIC, f"{folder}: {'; '.join(wrong)}", REMEDY)

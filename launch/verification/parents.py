@@ -39,6 +39,8 @@ def _check_parent(folder: Path, parent: str, before: lineage.Facts | None) -> Ch
         lineage.verify_model(folder, parent)
     except (KuroshioError, OSError) as error:
         return problem(TOPIC, str(error), BACK)
+    except (KeyError, TypeError) as error:  # a manifest that does not say what it should
+        return problem(TOPIC, f"step {parent}: its result is damaged (no {error})", BACK)
     if before is None:
         return unchecked(TOPIC, f"step {parent}: nobody noted what it gave this run")
     if changed := lineage.changed_inputs({parent: before}, {parent: now}):

@@ -173,6 +173,7 @@ def test_rows_and_pairs_add_up(tmp_path: Path, tokenizer_path: Path) -> None:
     assert fewer.manifest["chats"]["kept"] == 20 + 1 + 1
 
 
+@pytest.mark.faults(row=15)
 def test_too_many_bad_rows_stop(tmp_path: Path, tokenizer_path: Path) -> None:
     bad = {"prompt": "q", "chosen": "same", "rejected": "same"}
     with pytest.raises(DataError, match=r"2 of 42 rows rejected.*answer are equal"):

@@ -189,6 +189,7 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.faults(row=15)
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=BAD_LINES.values())
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_bad_line_is_rejected_with_its_place(
@@ -210,6 +211,7 @@ def test_paired_surrogate_escapes_are_one_character(tmp_path: Path) -> None:
     assert read(path)[0].text == "𠮷"
 
 
+@pytest.mark.faults(row=15)
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -357,6 +359,7 @@ def test_globs_folders_and_lists_keep_an_order_and_no_file_twice(tmp_path: Path)
     assert list_files(SourceConfig([str(tmp_path / "**" / "*.txt")])) == [tmp_path / "sub/c.txt"]
 
 
+@pytest.mark.faults(row=15)
 def test_too_many_bad_rows_abort_with_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(as_jsonl(["good"] * 98) + b"{\n{\n")
@@ -365,6 +368,7 @@ def test_too_many_bad_rows_abort_with_counts(tmp_path: Path) -> None:
         read(path, log=RejectLog(None, max_bad_row_share=0.019))
 
 
+@pytest.mark.faults(row=15)
 def test_reading_stops_early_when_most_rows_are_bad(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{\n" * 5000)
