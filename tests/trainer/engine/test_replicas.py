@@ -37,6 +37,4 @@ def test_the_minority_is_named_with_its_host_and_what_differs_first() -> None:
 
 def test_without_a_majority_nobody_is_accused() -> None:
     text = describe_difference(NAMES, [[1, 2, 3], [1, 2, 4]], ["n1", "n2"], 12)
-    assert (
-        "after step 12: no majority among ranks on n1, n2: head.weight|exp_avg is not" in text
-    )
+    assert "after step 12: no majority among ranks on n1, n2: head.weight|exp_avg is not" in text
