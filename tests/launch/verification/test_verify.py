@@ -49,7 +49,8 @@ def save(run_dir: Path, step: int, content: bytes = b"weights") -> Path:
     facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format": FORMAT, "step": step, "world_size": 1, "zero_stage": 0,
                 "precision": "fp32", "files": {"rank_00000.safetensors": facts},
-                "parameters": {"a": [2]}, "state": {"inputs": INPUTS, "evaluated": True}}  # fmt: skip
+                "parameters": {"a": [2]},
+                "state": {"inputs": INPUTS, "evaluated": True}}  # fmt: skip
     (folder / "rank_00000.safetensors").write_bytes(content)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
