@@ -190,7 +190,7 @@ def roll_back(
 ) -> Checkpoint | None:
     """Go back to the newest checkpoint, redirected to data behind the step that failed."""
     config, where = context.config, (context.run_dir, context.rank)
-    last = find_newest(context.run_dir / "checkpoints", config.loop.damaged)
+    last = redirect(find_newest(context.run_dir / "checkpoints", config.loop.damaged), *where)
     num_rows = stage.rows_per_step(config)
     made = record_roll_back(error, last, *where, num_rows, config.guard.max_roll_backs)
     stage.bag.forget()
@@ -204,7 +204,7 @@ def resume(
 ) -> None:
     """Load a checkpoint into the stage that has been set up; record what that took."""
     start = time.monotonic()
-    with stage.meters.pause():
+    with stage.meters.pause(), heartbeat.phase("load", last.step):
         num_bytes = checkpoint.load(stage.policy, last)
         [sum_bytes] = sum_over_ranks([num_bytes])  # waits for the slowest, whose time counts
     stage.guard.load(last.state.get("guard", {}), last.state["num_overflows"])

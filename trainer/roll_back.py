@@ -50,7 +50,7 @@ class RollBack:
 def read_roll_backs(run_dir: Path) -> list[RollBack]:
     """Return the roll-backs of a run, oldest first; a torn line was never acted on."""
     path, found = run_dir / ROLL_BACKS_NAME, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         try:
             found.append(RollBack(**json.loads(line)))
         except (ValueError, TypeError):

@@ -154,6 +154,7 @@ def _verify_share(path: Path) -> str:
         return str(error)
     rank, world_size = _rank_and_world()
     for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
+        heartbeat.beat()
         problem = file_problem(path / name, facts, read=index % world_size == rank)
         if problem:
             return f"{name} {problem}"
