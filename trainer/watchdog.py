@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -100,7 +100,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._path: Path | None = None
         self._number, self._was_missed, self._was_told = 0, False, False
-        self._awake_since = time.monotonic()
+        self._awake_since, self._complaints = time.monotonic(), set[str]()
         self._first_look: tuple[float, list[Beat | None]] | None = None
 
     def start(self) -> None:
@@ -129,10 +129,20 @@ class Watchdog:
             # interpreter's lock, or the file system this one, and ends what nobody else can.
             late_s = UNCUT_FACTOR * self.post.timeout_s
             faulthandler.dump_traceback_later(late_s, exit=True, file=_errors())
-            self._beat()
-            self._judge(now)
+            try:
+                self._beat()
+                self._judge(now)
+            except Exception as error:  # without this thread that alarm would end a healthy run
+                self._complain(error)
         heartbeat.beat(heartbeat.LEFT)
         self._beat()
+
+    def _complain(self, error: Exception) -> None:
+        """Say once of each kind what this thread cannot do; a file system may be back soon."""
+        kind = type(error).__name__
+        if kind not in self._complaints:
+            self._complaints.add(kind)
+            LOG.warning("rank %d cannot be watched for now: %s: %s", self.post.rank, kind, error)
 
     def _idle_s(self) -> float:
         return time.monotonic() - max(heartbeat.pulse().at, self._awake_since)
@@ -208,16 +218,16 @@ class Watchdog:
             self._leave(f"rank {self.post.rank} ends: another rank has said why")
         except OSError as error:
             LOG.warning("the other ranks are not told: %s", error)
-        show_stacks()
-        print(f"kuroshio: {message}", file=sys.stderr, flush=True)
-        self._on_end(message)
-        if can_read:
-            time.sleep(LEAVE_BEATS * self.post.interval_s)
-        os._exit(LostRankError.exit_code)
+        show_last_words(message)
+        try:
+            self._on_end(message)
+            if can_read:
+                time.sleep(LEAVE_BEATS * self.post.interval_s)
+        finally:
+            os._exit(LostRankError.exit_code)
 
     def _leave(self, message: str) -> None:
-        show_stacks()
-        print(f"kuroshio: {message}", file=sys.stderr, flush=True)
+        show_last_words(message)
         os._exit(LostRankError.exit_code)  # the main thread is in a call that does not end
 
 
@@ -232,6 +242,13 @@ def explain_loss(post: Post) -> str:
     found = heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
     findings = [finding for finding in found if finding.state in ("silent", "stuck")]
     return heartbeat.name_culprits(findings, time.time()) if findings else ""
+
+
+def show_last_words(message: str) -> None:
+    """Write stacks and a message, if anybody reads them: the process has to be left anyway."""
+    with suppress(OSError, ValueError):
+        show_stacks()
+        print(f"kuroshio: {message}", file=sys.stderr, flush=True)
 
 
 def show_stacks() -> None:

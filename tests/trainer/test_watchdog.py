@@ -162,3 +162,43 @@ def test_a_lost_contact_is_explained_by_who_fell_silent(
     assert explain_loss(stand(tmp_path)).startswith("rank 1 on n1 is silent for 0 s (step 4")
     heartbeat.write_beat(path, Beat(1, "n1", 7, 3, 6, 4, LEFT, 0, "", False, time.time()))
     assert explain_loss(stand(tmp_path)) == ""  # it left by itself, and has said why
+
+
+def test_an_error_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else nobody would put off the alarm that ends a process whose threads stand still."""
+    monkeypatch.setattr(Post, "interval_s", 0.01)
+    dog, looks = Watchdog(stand(tmp_path), pytest.fail), threading.Semaphore(0)
+
+    def judge(now: float) -> None:
+        looks.release()
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(dog, "_judge", judge)
+    dog.start()
+    assert all(looks.acquire(timeout=20) for _ in range(3))
+    dog.stop()
+    assert caplog.text.count("rank 0 cannot be watched for now: OSError") == 1
+    [own, _] = read_beats(tmp_path, 3, 2)
+    assert own and own.phase == LEFT
+
+
+def test_a_condemned_rank_leaves_whatever_fails_on_the_way(
+    tmp_path: Path, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat.start_files(tmp_path, 3, 0)
+
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    def no_end(reason: str) -> None:
+        ends.append(reason)
+        raise RuntimeError
+
+    monkeypatch.setattr("builtins.print", fail)  # whoever read the output is gone
+    with pytest.raises(Left):
+        Watchdog(stand(tmp_path), no_end)._condemn("no progress", can_read=False)
+    assert ends == ["no progress"]
+    with pytest.raises(Left):
+        Watchdog(stand(tmp_path), no_end)._leave("another rank has said why")
