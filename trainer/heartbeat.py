@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -126,13 +126,19 @@ def beat_path(run_dir: Path, token: int, rank: int) -> Path:
 
 def write_beat(path: Path, beat: Beat) -> None:
     """Write a rank's file in place; it must exist."""
-    text = json.dumps(asdict(beat), ensure_ascii=False).encode()
+    text = _encode(beat)
+    if len(text) >= RECORD_BYTES:  # long names, of three bytes a letter: the place can be missed
+        text = _encode(replace(beat, where=""))
     descriptor = os.open(path, os.O_WRONLY)
     try:
         # Closed at once: over NFS others see a file as it was when it was last closed.
         os.pwrite(descriptor, text.ljust(RECORD_BYTES - 1) + b"\n", 0)
     finally:
         os.close(descriptor)
+
+
+def _encode(beat: Beat) -> bytes:
+    return json.dumps(asdict(beat), ensure_ascii=False).encode("utf-8", "replace")
 
 
 def read_beat(path: Path) -> Beat | None:

@@ -69,6 +69,15 @@ def test_a_file_is_written_in_place_and_read_whole(tmp_path: Path) -> None:
     assert heartbeat.describe_last(tmp_path, 4) == heartbeat.describe_last(tmp_path, None) == ""
 
 
+def test_long_names_in_another_script_leave_a_file_that_can_be_read(tmp_path: Path) -> None:
+    path = heartbeat.start_files(tmp_path, 3, 1)
+    beat = make_beat(1, host="h" * 64, where="訓" * 120 + "\udcff")
+    heartbeat.write_beat(path, beat)
+    assert heartbeat.read_beat(path) == dataclasses.replace(beat, where="")
+    heartbeat.write_beat(path, make_beat(1))
+    assert heartbeat.read_beat(path) == make_beat(1)
+
+
 def test_a_new_life_removes_the_old_ones_files_and_they_stay_away(tmp_path: Path) -> None:
     old = heartbeat.start_files(tmp_path, 2, 1)
     verdict = old.with_name("00002.verdict")
