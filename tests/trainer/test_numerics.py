@@ -35,6 +35,11 @@ def test_a_flat_history_lets_a_little_pass() -> None:
     assert is_spike(-0.8, [-1.0] * 8, 10.0)  # a loss may be below 0
 
 
+def test_a_history_of_zeros_has_no_scale_to_leap_by() -> None:
+    history = [0.0] * 5 + [0.4, 0.5, 0.6]  # most prompts of GRPO may teach nothing
+    assert not is_spike(0.5, history, 10.0) and not is_spike(0.5, [0.0] * 8, 10.0)
+
+
 def test_measured_facts_are_sums() -> None:
     losses = [torch.tensor(1.5), torch.tensor(NAN), torch.tensor(2.0)]
     ids = [torch.tensor([number]) for number in range(3)]
