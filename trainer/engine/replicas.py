@@ -3,11 +3,12 @@
 Each rank sums the words of each tensor, in one pass on the device, and sends 8 bytes a tensor. A
 flip changes the sum by a power of two. Under ZeRO-0 all weights, masters and moments are compared,
 under ZeRO-1 and 2 the weights, which are whole on every rank, under ZeRO-3 the parameters that stay
-whole, and one module more, gathered for it, another one each time.
+whole, and one module more, gathered for it, drawn by lot each time.
 """
 
 from __future__ import annotations
 
+import random
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -92,12 +93,20 @@ def _digests(engine: Engine, step: int) -> Iterator[tuple[str, torch.Tensor]]:
         else:
             split.append(name)
     if split:
-        yield from _gathered_digests(engine, split[step % len(split)])
+        yield from _gathered_digests(engine, draw(split, step))
     if engine.config.zero_stage == 0:
         for fragment in engine.fragments(write=True):
             for kind, tensor in fragment.tensors().items():
                 if kind != "master" or engine.precision != "fp32":  # that is the weight itself
                     yield f"{fragment.name}|{kind}", digest(tensor)
+
+
+def draw(names: Sequence[str], step: int) -> str:
+    """Return one of the names, by lot: with ``step % len(names)`` most would never have a turn.
+
+    Comparisons come every so many steps, and that number may have a factor in common with theirs.
+    """
+    return random.Random(step).choice(names)
 
 
 def _gathered_digests(engine: Engine, name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.engine.replicas import describe_difference, digest
+from trainer.engine.replicas import describe_difference, digest, draw
 
 NAMES = ["embed.weight", "norm.weight", "head.weight|exp_avg"]
 HOSTS = ["n1", "n1", "n2", "n2"]
@@ -38,3 +38,11 @@ def test_the_minority_is_named_with_its_host_and_what_differs_first() -> None:
 def test_without_a_majority_nobody_is_accused() -> None:
     text = describe_difference(NAMES, [[1, 2, 3], [1, 2, 4]], ["n1", "n2"], 12)
     assert "after step 12: no majority among ranks on n1, n2: head.weight|exp_avg is not" in text
+
+
+@pytest.mark.parametrize("period", [1, 50, 100, 1000])
+def test_every_split_module_has_its_turn(period: int) -> None:
+    names = [f"layers.{number}.weight" for number in range(200)]
+    turns = [draw(names, step) for step in range(period, 3000 * period, period)]
+    assert set(turns) == set(names)
+    assert turns[:50] == [draw(names, period * turn) for turn in range(1, 51)]  # on all ranks
