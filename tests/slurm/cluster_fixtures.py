@@ -23,9 +23,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Cancel what a test left, so that the next one finds all nodes."""
-    cluster = getattr(item, "funcargs", {}).get("cluster")
-    if cluster is not None:
-        cluster.empty()
+    if found := cluster_of(item):
+        found.empty()
     return (yield)
 
 
@@ -33,9 +32,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Show the daemons' logs beside a failure."""
     report = yield
-    if report.when == "call" and report.failed and "cluster" in getattr(item, "funcargs", {}):
-        report.sections.append(("Slurm's logs", item.funcargs["cluster"].logs()))
+    if report.when == "call" and report.failed and (found := cluster_of(item)):
+        report.sections.append(("Slurm's logs", found.logs()))
     return report
+
+
+def cluster_of(item: pytest.Item) -> Cluster | None:
+    """Return the cluster that a test uses, if it uses one; "cluster" may be other things, too."""
+    found = getattr(item, "funcargs", {}).get("cluster")
+    return found if isinstance(found, Cluster) else None
 
 
 @pytest.fixture(scope="session")
