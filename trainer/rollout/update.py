@@ -133,7 +133,7 @@ class Update:
                 total = total * float("nan")
             is_last = index == len(batches)
             self.engine.backward(total, is_last)
-            self._guard.watch(step, torch.tensor(batch.samples), total.detach())
+            self._guard.watch(step, torch.tensor(batch.samples, dtype=torch.int64), total.detach())
             if is_last:
                 self._check_ratio()
             self.engine.step(lr, None if with_actor else ACTOR, self._guard.judge)

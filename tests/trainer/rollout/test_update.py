@@ -133,13 +133,22 @@ def test_another_policy_before_the_first_update_is_refused(old: float) -> None:
         update.run(0, 1e-3, "0", with_actor=True)
 
 
+class CountsRows(NumericsGuard):
+    """Expects numbers of samples, also where there are none."""
+
+    def watch(self, step: int, sample_ids: torch.Tensor, loss: torch.Tensor) -> None:
+        assert sample_ids.dtype == torch.int64
+        super().watch(step, sample_ids, loss)
+
+
 @pytest.mark.parametrize("with_critic", [True, False])
 def test_a_rank_without_rows_records_what_others_do(with_critic: bool) -> None:
     """Five short samples fit into one row: two ranks of three have nothing to learn from."""
     names = []
     for rank in range(3):
         bag, layout = MetricBag(), Layout(64, 1, True, 0, rank, 3)
-        config = {"epochs": 1, "num_minibatches": 1, "with_critic": with_critic}
+        guard = CountsRows(GuardConfig())
+        config = {"epochs": 1, "num_minibatches": 1, "with_critic": with_critic, "guard": guard}
         make_update(OneNumber(), -1.0, layout=layout, bag=bag, **config).run(
             0, 1e-3, "0", with_actor=True
         )
