@@ -128,7 +128,8 @@ def fit(stage: TrainStage, context: Context) -> None:
                 try:
                     return train(stage, context, sinks, stop, saver, last)
                 except RollBackError as error:
-                    saver.wait()
+                    with heartbeat.phase("save"):
+                        saver.wait()
                     last = roll_back(stage, context, sinks, error)
 
 
