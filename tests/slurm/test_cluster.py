@@ -116,14 +116,14 @@ def test_the_example_of_the_command_line(tmp_path: Path) -> None:
         pytest.skip(reason)
     script = str(HERE / "cluster.py")
     folder = str(tmp_path / "cluster")
-    said = call("python3", script, "up", folder, "--nodes", "1")
+    said = call(sys.executable, script, "up", folder, "--nodes", "1")
     try:
         environ = {"SLURM_CONF": said.strip().partition("=")[2]}
         sinfo = ["sinfo", "-h", "-N", "-o", "%N %T"]
         states = call("env", *(f"{k}={v}" for k, v in environ.items()), *sinfo)
         assert set(states.splitlines()) == {"n1 idle"}
         if can_make_machines():
-            assert call("python3", script, "run", folder, "n1", "hostname").split() == ["n1"]
+            assert call(sys.executable, script, "run", folder, "n1", "hostname").split() == ["n1"]
     finally:
-        call("python3", script, "down", folder)
+        call(sys.executable, script, "down", folder)
     assert not Path(folder).exists()
