@@ -4,13 +4,14 @@
 
 Configuration  compose, validation, secrets, summary, help, completion, options
 Ranks          local, rendezvous, world, node_environment, agreement, rank_log
-A run's folder run_folder, snapshot, json_file; tenancy: who lives in it
+A run's folder run_folder, snapshot, json_file, file_modes; tenancy: who lives in it
 Jobs           submission (config → job), job_folder, slurm and job.sbatch.j2 (job → script),
                sbatch (script → Slurm), slurm_queue, job_end (what comes after the ranks), sweep
 Planning       planning, plan_inputs, plan_models, plan_page, plan_pipeline; see trainer.plan
 Pipelines      pipeline (here), graph (steps, and as jobs)
 Watching       monitor
 Doctor         checks
+Verifying      verification
 Models         loaded_model, terminal_chat, cards
 """
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("launch/checks", "launch/graph", "launch/monitor", "trainer/plan")
+PACKAGES = (
+    "launch/checks",
+    "launch/graph",
+    "launch/monitor",
+    "launch/verification",
+    "trainer/plan",
+)
 ENTRY = re.compile(r"^(?:    )?(\w+(?:, \w+)*)  +\S", re.MULTILINE)
 
 

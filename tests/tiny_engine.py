@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import LoopConfig
 from trainer.engine import checkpoint, shard_file
-from trainer.engine.committed import Checkpoint, Reader, find_newest
+from trainer.engine.committed import find_newest
 from trainer.engine.fragments import Fragment, iterate_fragments
 from trainer.engine.saver import Saver
 
@@ -79,12 +79,6 @@ def loaded_weights(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
     engine = TinyEngine()
     checkpoint.load(engine, newest)  # type: ignore[arg-type]
     return newest.step, engine.masters()
-
-
-def read_weights(path: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the weights that a checkpoint holds."""
-    reader = Reader(path)
-    return {name: reader.read_whole(name) for name in reader.shapes}
 
 
 class Countdown:

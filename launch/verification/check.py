@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.errors import CheckpointError, KuroshioError
+from trainer.errors import CheckpointError
 
 State = Literal["ok", "problem", "unchecked"]
 
@@ -60,15 +59,6 @@ def unchecked(topic: str, why: str) -> Check:
 def exit_code(checks: Iterable[Check]) -> int:
     """Return 66 (damaged run folder) when one found a problem, else 0."""
     return CheckpointError.exit_code if any(c.state == "problem" for c in checks) else 0
-
-
-@contextmanager
-def noting(found: list[Check], topic: str, remedy: str) -> Iterator[None]:
-    """Turn an error that a user can act on into a problem among ``found``."""
-    try:
-        yield
-    except KuroshioError as error:
-        found.append(problem(topic, str(error), remedy))
 
 
 def as_data(checks: Iterable[Check]) -> dict[str, Any]:

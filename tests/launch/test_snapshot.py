@@ -27,12 +27,16 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
+def write_file(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def test_files_with_keys_are_left_out(checkout: Path, tmp_path: Path) -> None:
     for part in PARTS:
         for name in KEY_FILES:
-            path = checkout / part / "inner" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{HF}\n")
+            key = f"-----BEGIN OPENSSH PRIVATE KEY-----\n{HF}\n"
+            write_file(checkout / part / "inner" / name, key)
     copy_code(tmp_path / "copy", checkout)
     copied = {str(p.relative_to(tmp_path / "copy")) for p in (tmp_path / "copy").rglob("*.*")}
     assert copied == {"__main__.py", *(f"{part}/inner/code.py" for part in PARTS)}
@@ -55,9 +59,7 @@ def test_files_with_keys_are_left_out(checkout: Path, tmp_path: Path) -> None:
 def test_a_secret_in_a_file_is_refused_by_its_line(
     checkout: Path, tmp_path: Path, name: str, line: str
 ) -> None:
-    path = checkout / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# first\n{line}\n")
+    write_file(checkout / name, f"# first\n{line}\n")
     with pytest.raises(ConfigError, match=rf"{name}, line 2: looks like a secret") as refused:
         copy_code(tmp_path / "copy", checkout)
     assert not any(secret in str(refused.value) for secret in (HF, WANDB, "short", "pass@"))
@@ -77,9 +79,7 @@ def test_a_secret_in_a_file_is_refused_by_its_line(
 def test_what_only_names_a_secret_is_copied(
     checkout: Path, tmp_path: Path, name: str, line: str
 ) -> None:
-    path = checkout / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{line}\n")
+    write_file(checkout / name, f"{line}\n")
     copy_code(tmp_path / "copy", checkout)
     assert (tmp_path / "copy" / name).read_text() == f"{line}\n"
 

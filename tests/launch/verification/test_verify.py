@@ -98,10 +98,15 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
+def edited(name: str, old: str, new: str) -> Callable[[Path], None]:
+    """Return a damage: ``new`` in the place of ``old`` in a file of the run's folder."""
+
+    def edit(run: Path) -> None:
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+
+    return edit
 
 
 CHECKPOINT = "checkpoints/step_00000008"
@@ -131,7 +136,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "checkpoint", "is of step 8",
     ),
     "another source": (
-        lambda run: edit(run / CHECKPOINT / "manifest.json", "data.sources.en", "data.sources.zh"),
+        edited(f"{CHECKPOINT}/manifest.json", "data.sources.en", "data.sources.zh"),
         "checkpoint", "trained on the sources ['zh'], config.yaml has ['en']",
     ),
     "a save cut between two renames": (
@@ -139,26 +144,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "left-overs", ".step_00000008.old was put aside",
     ),
     "an edited config": (
-        lambda run: edit(run / "config.yaml", "lr: 0.001", "lr: 0.002"),
+        edited("config.yaml", "lr: 0.001", "lr: 0.002"),
         "config", "was changed in what decides the result",
     ),
     "a config that is none": (
         lambda run: (run / "config.yaml").write_text("- a"), "config", "holds no configuration",
     ),
     "a lost step": (
-        lambda run: edit(run / "metrics.jsonl", '"step": 4', '"step": 3'),
+        edited("metrics.jsonl", '"step": 4', '"step": 3'),
         "metrics", "steps 4-5 are not recorded",
     ),
     "a double step": (
-        lambda run: edit(run / "metrics.jsonl", '"step": 4', '"step": 2'),
+        edited("metrics.jsonl", '"step": 4', '"step": 2'),
         "metrics", "step 2 is double or out of order",
     ),
     "a loss that is none": (
-        lambda run: edit(run / "metrics.jsonl", '"loss": 1.2345', '"loss": "nan"'),
+        edited("metrics.jsonl", '"loss": 1.2345', '"loss": "nan"'),
         "metrics", "loss is no finite number at step 2, 4, 6, 8",
     ),
     "a torn line in the middle": (
-        lambda run: edit(run / "metrics.jsonl", '{"split": "train", "step": 4', '{"split'),
+        edited("metrics.jsonl", '{"split": "train", "step": 4', '{"split'),
         "metrics", "1 lines in the middle are no JSON",
     ),
     "a lost end": (
