@@ -20,7 +20,7 @@ from trainer.config import SourceConfig
 from trainer.data.reading.raw import Row
 from trainer.data.reading.readers import decode_row, walk_file
 from trainer.data.reading.records import RejectLog
-from trainer.data.reading.rows import refuse_broken
+from trainer.data.reading.tables import refuse_broken
 from trainer.errors import DataError
 
 pytestmark = pytest.mark.faults(row=15)

@@ -1,10 +1,11 @@
-"""What a column holds, guessed from its Chinese or English header."""
+"""What a column holds, guessed from its Chinese or English header; columns that are missing."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 from trainer.data.reading.raw import printable
 
@@ -93,3 +94,11 @@ def fold_header(header: str) -> str:
     header = unicodedata.normalize("NFKC", header).casefold()
     header = re.sub(r"[(\[【].*?[)\]】]", "", header)
     return re.sub(r"[\W_]", "", header)
+
+
+def missing_column(path: Path, name: str, present: list[str]) -> str:
+    """Say that ``path`` has no column ``name``, and which it has."""
+    return (
+        f"{path} has no column {name!r}; its columns are {printable(', '.join(present))}: "
+        "set the source's text_columns"
+    )

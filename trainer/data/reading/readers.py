@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import SourceConfig
+from trainer.data.reading.columns import missing_column
 from trainer.data.reading.files import detect_encoding, detect_format, list_files, naming_the_file
 from trainer.data.reading.raw import BadCell, Row, RowError
 from trainer.data.reading.records import Document, JsonLine, RejectLog, decode_utf8, parse_record
-from trainer.data.reading.rows import iterate_rows, missing_column
+from trainer.data.reading.rows import iterate_rows
 from trainer.errors import DataError
 
 __all__ = ["list_files", "read_documents", "read_file"]
