@@ -12,7 +12,7 @@ Pipelines      pipeline (here), graph (steps, and as jobs)
 Watching       monitor
 Doctor         checks
 Verifying      verification
-Models         loaded_model, terminal_chat, cards
+Models         loaded_model, terminal_chat; export, final_model, exports, cards
 """
 
 from importlib.util import find_spec

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from launch import cards, run_folder
 from launch.exports import note_export
+from launch.final_model import ADAPTER_MODES, REWARD, make_config, open_weights
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.engine.committed import Checkpoint, Reader
-    from trainer.models.export import Weights
+    from trainer.engine.committed import Checkpoint
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
-ADAPTER_MODES = ("lora", "qlora")
-REWARD = "reward"  # the stage whose model is a classifier
 QLORA_MERGE = {
     "original": "merging into the unquantised base: training saw its {kind} form, so this model's "
     "answers differ a little from those during training (--base=dequantized reproduces them)",
@@ -111,13 +109,14 @@ def _write_model(
 
     tokenizer = load_tokenizer(options.run / "tokenizer")
     special = special_ids(tokenizer)
-    model_config = _make_config(config, tokenizer, checkpoint)
+    model_config = make_config(config, tokenizer, checkpoint)
     precision = _precision(options, checkpoint)
     model_config.dtype = DTYPES[precision]
     model_config.save_pretrained(folder)
     _copy_code(config, folder)
+    _say_what_is_lost(config, options, model_config)
     num_params = write_shards(
-        _open_weights(config, options, model_config, Reader(checkpoint)),
+        open_weights(config, options.run, model_config, Reader(checkpoint), options.base),
         folder,
         DTYPES[precision],
         int(options.max_shard_gb * 1e9),
@@ -141,104 +140,15 @@ def _write_model(
     }
 
 
-def open_final_weights(
-    config: RunConfig, options: argparse.Namespace, checkpoint: Checkpoint
-) -> Weights:
-    """Return the weights that an export of a checkpoint has, to be read one at a time."""
-    from tokenizer.load import load_tokenizer
-    from trainer.engine.committed import Reader
-
-    model_config = _make_config(config, load_tokenizer(options.run / "tokenizer"), checkpoint)
-    return _open_weights(config, options, model_config, Reader(checkpoint))
-
-
-def _make_config(config: RunConfig, tokenizer: Any, checkpoint: Checkpoint) -> Any:
-    """Return the transformers config to write; a reward model's says how it is to be padded."""
-    from tokenizer.load import num_ids
-    from trainer.models.load import make_config, outline, special_ids
-    from trainer.models.scalar_model import SCALAR, scalar_config, statistics_config
-
-    inputs = config.model, num_ids(tokenizer), special_ids(tokenizer)
-    if config.stage["name"] != REWARD:
-        return make_config(*inputs)
-    from trainer.data.chats.chat import stop_token_ids
-
-    model_config = scalar_config(*inputs)
-    model_config.architectures = [type(outline(model_config, SCALAR)).__name__]
-    model_config.update(statistics_config(checkpoint.state["reward_stats"]))
-    padding = padding_token(tokenizer, stop_token_ids(tokenizer))
-    model_config.pad_token_id = padding
-    if padding is None:
+def _say_what_is_lost(config: RunConfig, options: argparse.Namespace, model_config: Any) -> None:
+    """Print in what the exported model is not what was trained, or cannot be used."""
+    if config.peft.mode == "qlora":
+        print(QLORA_MERGE[options.base].format(kind=config.peft.quantization))
+    if config.stage["name"] == REWARD and model_config.pad_token_id is None:
         print(
             "the tokenizer has no special token but those that end an answer: nothing can pad "
             "batches (config.json has pad_token_id=null), so score one text at a time"
         )
-    else:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
-    return model_config
-
-
-def padding_token(tokenizer: Any, ends: Sequence[int]) -> int | None:
-    """Return the id that pads texts to be scored; transformers scores the last other one.
-
-    Padding with a token that ends answers would hide the end, where the score is. The start token
-    never ends an answer.
-
-    Args:
-        tokenizer: the run's.
-        ends: ids that end an answer.
-    """
-    known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
-    every = [*known, *tokenizer.all_special_ids]
-    return next((int(i) for i in every if i is not None and i not in ends), None)
-
-
-def _open_weights(
-    config: RunConfig, options: argparse.Namespace, model_config: Any, reader: Reader
-) -> Weights:
-    """Return the run's final weights, to be read one at a time."""
-    from functools import partial
-
-    from trainer.engine.precision import DTYPES
-    from trainer.models.actor_critic import policy_shapes
-    from trainer.models.adapter_files import FOLDER, keep_base, run_adapter
-    from trainer.models.export import Weights, transposed_weights
-    from trainer.models.identity import refuse_other_base
-    from trainer.models.load import LANGUAGE, find_aliases, initial_buffers, outline
-    from trainer.models.quantize import as_quantized, quantized_weights, require_bitsandbytes
-    from trainer.models.scalar_model import SCALAR
-    from trainer.models.stored_names import superseded_names
-
-    auto = SCALAR if config.stage["name"] == REWARD else LANGUAGE
-    model, shapes = outline(model_config, auto), policy_shapes(reader.shapes)
-    base = Path(config.model.path) if config.model.path else None
-    if config.peft.mode in ADAPTER_MODES:
-        keep_base(options.run / FOLDER, str(config.model.path))
-    elif config.peft.mode == "freeze":
-        refuse_other_base(Path(str(config.model.path)), reader.checkpoint.state["inputs"])
-    if config.peft.mode == "qlora":
-        print(QLORA_MERGE[options.base].format(kind=config.peft.quantization))
-    as_trained = None
-    if options.base == "dequantized":
-        require_bitsandbytes()
-        dtype = DTYPES[reader.checkpoint.manifest["precision"]]
-        kind = config.peft.quantization
-        as_trained = partial(as_quantized, quantized_weights(model), kind, dtype)
-    left_out = find_aliases(model_config, auto)
-    if base:
-        left_out |= superseded_names(model, base, shapes)
-    if auto is SCALAR:  # the base's output embedding
-        left_out |= outline(model_config).state_dict().keys() - model.state_dict().keys()
-    return Weights(
-        shapes,
-        reader.read_whole,
-        base,
-        run_adapter(options.run),
-        left_out,
-        transposed_weights(model),
-        as_trained,
-        None if config.model.path else initial_buffers(model_config, auto),
-    )
 
 
 def _write_adapter(
@@ -249,11 +159,11 @@ def _write_adapter(
     from trainer.engine.committed import Reader
     from trainer.engine.precision import DTYPES
     from trainer.models.actor_critic import policy_shapes
-    from trainer.models.adapter_files import FOLDER, FORMAT, keep_base, run_adapter
+    from trainer.models.adapter_files import FORMAT, known_base, run_adapter
     from trainer.models.adapter_files import write_adapter_config as write_config
     from trainer.models.export import write_adapter
 
-    base, reader = keep_base(options.run / FOLDER, str(config.model.path)), Reader(checkpoint)
+    base, reader = known_base(options.run, str(config.model.path)), Reader(checkpoint)
     precision = _precision(options, checkpoint)
     write_config(
         folder,

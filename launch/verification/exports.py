@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def _open_weights(
     run_dir: Path, config: Mapping[str, Any], checkpoint: Path, record: Mapping[str, Any]
 ) -> tuple[dict[str, list[int]], Callable[[str], Any], Any]:
     """Return shapes by name in the export, what makes a tensor, and its type."""
-    from launch.export import open_final_weights
+    from launch.final_model import open_final_weights
     from trainer.config import load_config
     from trainer.engine.committed import Checkpoint, Reader
     from trainer.engine.manifest import read_manifest
@@ -110,9 +109,8 @@ def _open_weights(
         names = {file_name(n): n for n in policy_shapes(reader.shapes)}
         shapes = {short: list(reader.shapes[whole]) for short, whole in names.items()}
         return shapes, lambda short: reader.read_whole(names[short]), DTYPES[name]
-    options = argparse.Namespace(run=run_dir, step=found.step, dtype=name, adapter=False)
-    options.base = str(record.get("base", "original"))
-    weights = open_final_weights(load_config(config), options, found)
+    base_kind = str(record.get("base", "original"))
+    weights = open_final_weights(load_config(config), run_dir, found, base_kind)
     return weights.shapes, weights.read, DTYPES[name]
 
 

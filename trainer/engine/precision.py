@@ -12,9 +12,7 @@ from trainer.errors import NumericsError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter")  # the state of a loss scale
-MAX_OVERFLOWS = (
-    8  # in a row at the smallest loss scale, before nothing is expected of the next step
-)
+MAX_OVERFLOWS = 8  # in a row at the smallest loss scale: nothing is expected of the next step
 
 
 def native_precision() -> str:

@@ -135,19 +135,26 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def keep_base(folder: Path, base: str) -> dict[str, str]:
     """Note in a run's adapter folder which base it is trained on, or find the same one noted.
 
-    Returns:
-        Name and identity of the base.
+    Returns and raises what ``known_base`` does.
+    """
+    path = folder / BASE_NAME
+    if not path.is_file():
+        noted = json.dumps(describe_base(base), indent=2, ensure_ascii=False)
+        path.write_text(noted + "\n", encoding="utf-8")
+    return known_base(folder.parent, base)
+
+
+def known_base(run_dir: Path, base: str) -> dict[str, str]:
+    """Return name and identity of the base of a run's adapters, which ``base`` still has to hold.
 
     Raises:
         ConfigError: the weights in ``base`` are not those that the run began with.
     """
-    path, now = folder / BASE_NAME, describe_base(base)
-    if not path.is_file():
-        path.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    before = noted_base(folder.parent) or now
+    now = describe_base(base)
+    before = noted_base(run_dir) or now
     if before["identity"] != now["identity"]:
         raise ConfigError(
-            f"model.path={base} has changed since the run {folder.parent} began on it (identity "
+            f"model.path={base} has changed since the run {run_dir} began on it (identity "
             f"{before['identity'][:12]} then, {now['identity'][:12]} now): its adapter belongs to "
             "the old weights; bring them back"
         )

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.config import PeftConfig
 from trainer.errors import ConfigError
-from trainer.models.adapter_files import AdapterFiles, describe_base, scale_of
+from trainer.models.adapter_files import AdapterFiles, describe_base, keep_base, known_base, scale_of
 from trainer.models.adapters import apply_peft
 from trainer.models.identity import model_identity, published_name
 from trainer.models.merge import merge
@@ -114,6 +114,15 @@ def test_adapter_continues_where_it_ended(base: Path, adapter: Path) -> None:
     assert all(torch.equal(params[name], value) for name, value in stored.items())
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == pytest.approx(5 / 3)
+
+
+def test_looking_at_a_runs_base_writes_nothing(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "adapter"
+    folder.mkdir(parents=True)
+    assert known_base(folder.parent, str(base)) == describe_base(str(base))
+    assert not list(folder.iterdir())
+    keep_base(folder, str(base))
+    assert list(folder.iterdir())
 
 
 def test_adapter_of_ours_refuses_another_base(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from launch.export import padding_token
+from launch.final_model import padding_token
 from trainer.config import ModelConfig, PeftConfig
 from trainer.errors import ConfigError
 from trainer.models.adapters import apply_peft, keep_adapter_config
