@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.config import PeftConfig
 from trainer.errors import ConfigError
-from trainer.models.adapter_files import AdapterFiles, describe_base, keep_base, known_base, scale_of
+from trainer.models.adapter_files import (
+    AdapterFiles,
+    describe_base,
+    keep_base,
+    known_base,
+    scale_of,
+)
 from trainer.models.adapters import apply_peft
 from trainer.models.identity import model_identity, published_name
 from trainer.models.merge import merge
