@@ -55,6 +55,16 @@ class Replayed:
     spans: list[Span]
     environment: Record
 
+    @property
+    def tolerance(self) -> float:
+        """Return what figures may differ by, relatively, where sums have another order."""
+        return TOLERANCES.get(str(self.environment.get("precision")), TOLERANCES["bf16"])
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Return whether it ran where the order of sums is not fixed."""
+        return not str(self.environment.get("device")).startswith("cpu")
+
 
 def replay(
     run_dir: Path, num_steps: int, step: int | None, ranks: int | None, scratch: Path | None
@@ -80,7 +90,7 @@ def replay(
     with scratch_folder(run_dir, scratch) as place:
         try:
             first = run_again(run_dir, config, place / "first", plan.checkpoint, plan.end)
-            checks += compare_with_run(run_dir, plan, first, str(config["engine"]["precision"]))
+            checks += compare_with_run(run_dir, plan, first)
             if plan.middle is None:
                 why = "one record was replayed: more steps are needed for a stop between two"
                 return [*checks, unchecked(TOPIC, f"stop and resume: {why}")]
@@ -215,18 +225,19 @@ def last_environment(records: list[Record]) -> Record:
     return found[-1] if found else {}
 
 
-def compare_with_run(run_dir: Path, plan: Plan, first: Replayed, precision: str) -> list[Check]:
+def compare_with_run(run_dir: Path, plan: Plan, first: Replayed) -> list[Check]:
     """Compare a replay with what the run recorded of the same steps."""
+    tolerance = first.tolerance
     num, found = compare_spans(plan.spans, first.spans)
     what = f"{num} records of steps {plan.start + 1} to {plan.end}"
     before = list(read_lines(run_dir / JOURNAL_NAME))
     environment = last_environment([r for r in before if r.get("step", 0) <= plan.start])
     other = [key for key in SAME_MACHINE if environment.get(key) != first.environment.get(key)]
+    if num == 0:
+        return [unchecked(TOPIC, f"the run has no record of the same steps as the replay: {what}")]
     if found is None:
         return [ok(TOPIC, f"the run's {what} are reproduced to the last bit")]
-    tolerance = TOLERANCES.get(precision, TOLERANCES["bf16"])
-    on_gpu = not str(first.environment.get("device")).startswith("cpu")
-    why = f"another {', '.join(other)}" if other else "a GPU" if on_gpu else ""
+    why = f"another {', '.join(other)}" if other else "a GPU" if first.is_on_gpu else ""
     if why and found.largest <= tolerance:
         words = f"the run's {what} are reproduced within {tolerance:g} (on {why})"
         return [ok(TOPIC, f"{words}: {describe_difference(found)}")]
@@ -242,7 +253,7 @@ def compare_save(run_dir: Path, save: Path, first: Replayed) -> Iterator[Check]:
     largest, where = compare_weights(own, save)
     if not largest:
         yield ok(TOPIC, f"{save.name} of the run and of the replay hold the same weights")
-    elif str(first.environment.get("device")).startswith("cpu") and _same_ranks(own, first):
+    elif not first.is_on_gpu and _same_ranks(own, first):
         yield problem(TOPIC, f"{save.name}: {where} differs by {largest:.1e}", CURE)
     else:
         yield ok(TOPIC, f"{save.name}: weights differ by at most {largest:.1e}, in {where}")
@@ -264,7 +275,6 @@ def compare_resumed(plan: Plan, first: Replayed, second: Replayed) -> Check:
         return unchecked(TOPIC, f"stop and resume: no record lies after step {plan.middle} in full")
     if found is None:
         return ok(TOPIC, f"{what} equal those of the unbroken replay to the last bit")
-    on_gpu = not str(first.environment.get("device")).startswith("cpu")
-    if on_gpu and found.largest <= TOLERANCES["bf16"]:
-        return ok(TOPIC, f"{what} equal within {TOLERANCES['bf16']:g} (on a GPU)")
+    if first.is_on_gpu and found.largest <= first.tolerance:
+        return ok(TOPIC, f"{what} equal within {first.tolerance:g} (on a GPU)")
     return problem(TOPIC, f"{what}: {describe_difference(found)}", CURE)

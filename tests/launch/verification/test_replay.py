@@ -23,7 +23,12 @@ from launch.exports import EXPORTS_NAME, describe_files, read_exports
 from launch.run_folder import CONFIG_FILE, read
 from launch.verification.exports import check_weights
 from launch.verification.records import Span
-from launch.verification.replay import own_environment
+from launch.verification.replay import (
+    Replayed,
+    compare_resumed,
+    compare_with_run,
+    own_environment,
+)
 from launch.verification.replay_plan import choose_middle, choose_spans, plan_replay, settle_ranks
 from launch.verification.sameness import compare_spans, compare_weights, describe_difference
 from trainer.config import load_config
@@ -149,6 +154,35 @@ def test_weights_are_compared_by_name_whatever_the_ranks(tmp_path: Path) -> None
     assert compare_weights(one, write_checkpoint(tmp_path / "two", 1.0, num_files=2)) == (0.0, "")
     largest, where = compare_weights(one, write_checkpoint(tmp_path / "three", 1.25))
     assert largest == 0.25 and where.startswith("a (")
+
+
+def replayed(listed: list[Span], **environment: Any) -> Replayed:
+    return Replayed(Path(), listed, {"device": "cpu", **environment})
+
+
+def test_another_machine_and_gpus_have_the_tolerance_of_the_precision(run_dir: Path) -> None:
+    """The run's folder says nothing of its machine, so only a replay without facts is of the same.
+
+    The loss differs by 1e-3 from that of the run: too much for fp32, not for bf16.
+    """
+    plan = plan_replay(run_dir, 4, None)
+    for span in plan.spans:
+        span.record["loss"] = 1.0
+    ours = [Span(s.start, s.end, {**s.record, "loss": 1.001}) for s in plan.spans]
+    exact = [Span(s.start, s.end, dict(s.record)) for s in plan.spans]
+
+    def states(listed: list[Span], **environment: Any) -> tuple[str, str]:
+        made = replayed(listed, **environment)
+        [check] = compare_with_run(run_dir, plan, made)
+        return check.state, compare_resumed(plan, replayed(exact, **environment), made).state
+
+    assert states(exact) == ("ok", "ok")
+    assert states(ours) == ("problem", "problem")  # on the same CPU: to the last bit
+    assert states(ours, torch="1.0", precision="bf16") == ("ok", "problem")
+    assert states(ours, torch="1.0", precision="fp32") == ("problem", "problem")
+    assert states(ours, device="cuda:0", precision="bf16") == ("ok", "ok")
+    assert states(ours, device="cuda:0", precision="fp32") == ("problem", "problem")
+    assert states([Span(0, 3, {"loss": 1.0})]) == ("unchecked", "unchecked")
 
 
 def test_a_replay_inherits_nothing_of_a_job() -> None:
