@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import LoopConfig
 from trainer.engine import checkpoint, shard_file
-from trainer.engine.committed import find_newest
+from trainer.engine.committed import Reader, find_newest
 from trainer.engine.fragments import Fragment, iterate_fragments
 from trainer.engine.saver import Saver
 
@@ -45,10 +45,8 @@ class TinyEngine:
         place = (self.rank, self.world_size)
         return iterate_fragments(self.optimizer, names, *place, write=write)
 
-    def set_low_precision(
-        self, param: torch.nn.Parameter, read: Callable[[], torch.Tensor]
-    ) -> None:
-        param.data.copy_(read())
+    def set_low_precision(self, param: torch.nn.Parameter, name: str, reader: Reader) -> None:
+        reader.read_into(param.data.view(-1), name)
 
     def masters(self) -> dict[str, torch.Tensor]:
         """Return copies of the weights."""

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +139,11 @@ def begin(draft: Draft, stop: str) -> None:
 
 
 def finish_shard(draft: Draft, facts: dict[str, Any]) -> None:
-    """Say that this rank's file is whole: a side file with its size and hash."""
-    write_json(draft.shard.with_suffix(".json"), facts)
+    """Say that this rank's file is whole: a side file with its size and hash.
+
+    It is for rank 0 and gone with the commit, so it need not outlive a loss of power.
+    """
+    write_json(draft.shard.with_suffix(".json"), facts, sync=False)
 
 
 def missing_ranks(draft: Draft) -> list[int]:
@@ -248,9 +250,9 @@ def load(engine: Engine, checkpoint: Checkpoint) -> int:
                 f"the model {list(fragment.shape)}"
             )
         for kind, view in fragment.tensors().items():
-            view.copy_(reader.read(fragment.name, kind, fragment.offset, fragment.numel))
+            reader.read_into(view, fragment.name, kind, fragment.offset)
     for name, param in trainable.items():
-        engine.set_low_precision(param, partial(reader.read_whole, name))
+        engine.set_low_precision(param, name, reader)
     set_adam_step(engine.optimizer, checkpoint.state["adam_step"])
     if engine.precision == "fp16":
         load_scaler_state(engine.optimizer, checkpoint.state["scaler"])

@@ -31,6 +31,7 @@ from trainer.errors import CheckpointError
 
 __all__ = ["FORMAT", "hash_file", "list_steps"]
 LOG = logging.getLogger(__name__)
+SAVED_DTYPE = torch.float32  # of everything in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -182,27 +183,33 @@ class Reader:
                 numel = file.get_slice(key).get_shape()[0]
                 self._pieces[tensor_name].append((int(offset), numel, number, key))
 
-    def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
-        """Return elements [offset, offset + numel) of flattened ``name`` as fp32 [numel]."""
+    def read_into(
+        self, out: torch.Tensor, name: str, kind: str = "master", offset: int = 0
+    ) -> None:
+        """Fill ``out`` [numel] with elements [offset, offset + numel) of flattened ``name``.
+
+        Straight from the file, whatever device and number format ``out`` has: memory in between
+        would cost more than the reading.
+        """
         heartbeat.beat()
-        out, filled = torch.empty(numel), 0
+        filled, numel = 0, out.numel()
         for start, length, number, key in self._pieces[f"{name}|{kind}"]:
             low, high = max(start, offset), min(start + length, offset + numel)
             if low < high:
                 piece = self._files[number].get_slice(key)[low - start : high - start]
-                out[low - offset : high - offset] = piece
+                out[low - offset : high - offset].copy_(piece)
                 filled += high - low
-        self.num_bytes += filled * out.element_size()
+        self.num_bytes += filled * SAVED_DTYPE.itemsize
         if filled != numel:
             raise CheckpointError(
                 f"{self.checkpoint.path}: {name} has {filled} of {numel} elements of {kind}"
             )
-        return out
 
     def read_whole(self, name: str, kind: str = "master") -> torch.Tensor:
         """Return the whole parameter in its own shape, fp32."""
-        shape = self.shapes[name]
-        return self.read(name, kind, 0, torch.Size(shape).numel()).view(shape)
+        whole = torch.empty(self.shapes[name], dtype=SAVED_DTYPE)
+        self.read_into(whole.view(-1), name, kind)
+        return whole
 
 
 def iterate_whole(reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:

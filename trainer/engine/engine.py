@@ -6,12 +6,11 @@ the summed loss divided by the global number of targets and gets exactly its gra
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 
 from trainer import heartbeat
 from trainer.config import EngineConfig, OptimConfig
+from trainer.engine.committed import Reader
 from trainer.engine.fragments import (
     Fragment,
     basic_optimizer,
@@ -30,21 +30,15 @@ from trainer.engine.fragments import (
     reset_cpu_adam,
     set_adam_step,
 )
-from trainer.engine.grouping import global_norm, group_parameters, num_weights
+from trainer.engine.grouping import global_norm, group_parameters
 from trainer.engine.hooks import hooks_off
 from trainer.engine.judged import Judge, step_on_trial
+from trainer.engine.notices import quiet_deepspeed
 from trainer.engine.ops import build_ops, needed_ops
 from trainer.engine.precision import LossScale, native_precision
 from trainer.errors import ConfigError
 
-LOG = logging.getLogger(__name__)
 BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
-
-
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's INFO lines, and torch's notices to its authors, out of the log."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def init_distributed(local_rank: int, timeout_s: int) -> torch.device:
@@ -270,25 +264,18 @@ class Engine:
             self.optimizer, self.names, self.rank, self.world_size, write=write
         )
 
-    def trained_share(self) -> float:
-        """Return the share of the parameters that is trained."""
-        sizes = [(num_weights(p), p.requires_grad) for p in self.engine.module.parameters()]
-        return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
-
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return trainable parameters by name."""
         named = self.engine.module.named_parameters()
         return {self._name_of(n): p for n, p in named if p.requires_grad}
 
     @torch.no_grad()
-    def set_low_precision(
-        self, param: torch.nn.Parameter, read: Callable[[], torch.Tensor]
-    ) -> None:
-        """Set the model's own copy of ``param`` from its full fp32 value."""
+    def set_low_precision(self, param: torch.nn.Parameter, name: str, reader: Reader) -> None:
+        """Set the model's own copy of ``param`` from the fp32 value saved by that name."""
         if "ds_id" in vars(param):
-            Partitioning.fill(param, read)
+            Partitioning.fill(param, partial(reader.read_whole, name))
         else:
-            param.data.copy_(read().view(param.shape))
+            reader.read_into(param.data.view(-1), name)
 
 
 def make_optimizer(

@@ -106,10 +106,10 @@ def file_problem(
 
 def hash_file(path: Path, count: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file; ``count`` is told the bytes read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
             if count:
-                count(len(block))
+                count(size)
     return digest.hexdigest()

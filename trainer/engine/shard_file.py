@@ -6,19 +6,23 @@ of it nor a copy of what is in it has to be in memory.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import itertools
 import json
+import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 Layout = list[tuple[str, int]]  # key and number of elements of each tensor, in the file's order
-BLOCK_BYTES = 4 << 20  # hashed and written at once: large for a file system, small for a cache
+BLOCK_BYTES = 8 << 20  # hashed and written at once: large for a file system, small for a cache
 
 
 def shard_header(layout: Layout) -> bytes:
@@ -90,32 +94,81 @@ def _read_blocks(file: Any) -> Iterator[memoryview]:
         yield buffer[:size]
 
 
-def write_blocks(path: Path, blocks: Iterable[memoryview], *, sync: bool = True) -> dict[str, Any]:
-    """Write a new file and, with ``sync``, to the disk; return its ``bytes`` and ``sha256``."""
+def write_blocks(path: Path, pieces: Iterable[memoryview], *, sync: bool = True) -> dict[str, Any]:
+    """Write a new file and, with ``sync``, to the disk; return its ``bytes`` and ``sha256``.
+
+    A block is hashed while it is written and the next one is gathered. What has to be on the disk
+    anyway goes there past the page cache: that would cost a copy, and memory that training lacks.
+    """
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hasher:
-        for block in blocks:
-            for start in range(0, len(block), BLOCK_BYTES):
-                piece = block[start : start + BLOCK_BYTES]
-                hashed = hasher.submit(digest.update, piece)  # while it is written
-                _write_all(file, piece)
+        if sync:
+            _bypass_cache(file, True)
+        hashed: Future[None] | None = None
+        for block in _gather(pieces):
+            if hashed:
                 hashed.result()
-                size += len(piece)
+            hashed = hasher.submit(digest.update, block)
+            _write_all(file, block)
+            size += len(block)
+        if hashed:
+            hashed.result()
         if sync:
             os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def _gather(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Yield blocks, each valid until the next but one is asked for; all but the last are full.
+
+    They begin at a page of memory, as files without a page cache need it.
+    """
+    blocks = itertools.cycle([memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2)])
+    block, filled = next(blocks), 0
+    for piece in pieces:
+        while len(piece):
+            part = piece[: BLOCK_BYTES - filled]
+            block[filled : filled + len(part)] = part
+            piece, filled = piece[len(part) :], filled + len(part)
+            if filled == BLOCK_BYTES:
+                yield block
+                block, filled = next(blocks), 0
+    if filled:
+        yield block[:filled]
+
+
 def _write_all(file: BinaryIO, piece: memoryview) -> None:
     while len(piece):
-        piece = piece[file.write(piece) :]
+        if len(piece) % mmap.PAGESIZE:  # the end of a file, or what a short write left
+            _bypass_cache(file, False)
+        try:
+            piece = piece[file.write(piece) :]
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _bypass_cache(file, False):
+                raise
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON durably: aside, fsync, rename."""
+def _bypass_cache(file: BinaryIO, wanted: bool) -> bool:
+    """Have a file written past the page cache, or not; return whether that changed anything.
+
+    Some file systems (tmpfs, older FUSE) know only the cache, and some devices larger pages.
+    """
+    now = fcntl.fcntl(file, fcntl.F_GETFL)
+    flags = now | os.O_DIRECT if wanted else now & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return flags != now
+
+
+def write_json(path: Path, data: Any, *, sync: bool = True) -> None:
+    """Write JSON whole: aside, to the disk with ``sync``, renamed."""
     aside = path.with_name(f".{path.name}.tmp")
     text = json.dumps(data, ensure_ascii=False, indent=1)
-    write_blocks(aside, [memoryview(text.encode())])
+    write_blocks(aside, [memoryview(text.encode())], sync=sync)
     aside.rename(path)
 
 
