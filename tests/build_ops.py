@@ -26,7 +26,8 @@ def keep_ops_in_venv() -> None:
 def main(ops: Sequence[str]) -> int:
     """Build ``ops`` one after another and return how many failed."""
     from trainer.config import EngineConfig
-    from trainer.engine.engine import prepare_ops, quiet_deepspeed
+    from trainer.engine.engine import prepare_ops
+    from trainer.engine.notices import quiet_deepspeed
     from trainer.errors import ConfigError
 
     quiet_deepspeed()

@@ -37,7 +37,7 @@ LAYERS: list[list[str]] = [
         "trainer.inference",
         "trainer.sequence_logps",
     ],
-    ["trainer.model_parts", "trainer.rollout"],
+    ["trainer.model_parts", "trainer.rollout", "trainer.train_stage"],
     [
         "trainer.loop",
         "trainer.policy",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from trainer.data.storage import atomic_file, naming_the_disk, sha256_of, write_
 from trainer.engine.collectives import any_over_ranks, barrier, max_over_ranks
 from trainer.errors import DataError
 from trainer.sequence_logps import TokenLogps, sum_over_sequences
-
-LOG = logging.getLogger(__name__)
 
 FORMAT = "kuroshio-reference-1"
 LOGPS = "logps.npy"

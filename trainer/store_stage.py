@@ -24,12 +24,13 @@ from trainer.data.batches.loader import TrainLoader
 from trainer.data.prepared.prepare import open_store
 from trainer.data.prepared.store import TokenStore
 from trainer.engine.engine import Engine
+from trainer.engine.grouping import trained_share
 from trainer.engine.precision import DTYPES
 from trainer.environment import describe_environment
 from trainer.errors import ConfigError
 from trainer.inputs import describe_inputs, refuse_changes, tokenizer_path
 from trainer.length import count_steps, rows_per_step, warn_of_repetition
-from trainer.loop import TrainStage
+from trainer.loop import fit
 from trainer.metrics.bag import MetricBag
 from trainer.metrics.meters import Meters, find_peak
 from trainer.metrics.sinks import Sinks
@@ -42,6 +43,7 @@ from trainer.plan.schedule import lr_factor
 from trainer.policy import build_policy, keep_tokenizer
 from trainer.signals import StopRequest
 from trainer.stage import Context
+from trainer.train_stage import TrainStage
 
 LOG = logging.getLogger(__name__)
 
@@ -51,6 +53,10 @@ class StoreStage(TrainStage):
     """Train one engine on the rows of a token store."""
 
     content: ClassVar[str]  # what the stage's data must be, as in data.content
+
+    def run(self, context: Context) -> None:
+        """Train from the newest checkpoint, or the start, to ``loop.max_steps``."""
+        fit(self, context)
 
     def check(self, config: RunConfig) -> list[str]:
         """Return what contradicts the model: missing tokenizer, rows longer than its positions."""
@@ -157,7 +163,7 @@ class StoreStage(TrainStage):
         return Meters(
             config.loop.max_steps,
             self.policy.device,
-            flops_per_token(shape, config.data.max_length, self.policy.trained_share()).total,
+            flops_per_token(shape, config.data.max_length, trained_share(self.policy.module)).total,
             self.peak.flops_per_s,
             self.context.world_size,
         )

@@ -58,6 +58,12 @@ def num_weights(param: torch.nn.Parameter) -> int:
     return int(own.get("num_weights", own.get("ds_numel", param.numel())))
 
 
+def trained_share(model: torch.nn.Module) -> float:
+    """Return the share of the parameters that is trained."""
+    sizes = [(num_weights(param), param.requires_grad) for param in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+
 def global_norm(
     params: Iterator[torch.nn.Parameter], dtype: torch.dtype | None = None
 ) -> torch.Tensor:
