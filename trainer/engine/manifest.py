@@ -16,7 +16,7 @@ from trainer.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 8 << 20
 KEYS: dict[str, type] = {"step": int, "state": dict, "parameters": dict, "files": dict}
 
 

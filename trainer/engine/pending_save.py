@@ -30,7 +30,7 @@ class PendingSave:
         self.failure: Exception | None = None
         self.begun = time.monotonic()
         self.stall_s = self.seconds = 0.0
-        self.num_bytes, self.is_reported = 0, False
+        self.num_bytes, self.is_reported, self._is_committed = 0, False, False
         self._loop, self._write = loop, write
         self._written, self._given_up = threading.Event(), threading.Event()
         self._patience = threading.Event()  # set: wait for others no longer than LEAVE_S
@@ -42,6 +42,7 @@ class PendingSave:
         def work() -> None:
             self.write()
             self.commit()
+            self.delete_old()
             if self.failure is not None:
                 on_failure()
 
@@ -61,15 +62,20 @@ class PendingSave:
             self._written.set()
 
     def commit(self) -> None:
-        """Commit on rank 0 once all ranks have written, and delete what is too old."""
+        """Commit on rank 0 once all ranks have written."""
         try:
             if self.draft.rank == 0 and self.failure is None and self._all_written():
                 checkpoint.commit(self.draft)
-                rotate(self.draft.folder, self.draft.step, self._loop)
+                self._is_committed = True
         except Exception as error:
             self.failure = error
         finally:
             self.seconds = time.monotonic() - self.begun
+
+    def delete_old(self) -> None:
+        """Delete on rank 0 what this commit made too old; training need not stand still for it."""
+        if self._is_committed:
+            rotate(self.draft.folder, self.draft.step, self._loop)
 
     def _all_written(self) -> bool:
         """Wait for the other ranks; return False if there is no hope for one."""

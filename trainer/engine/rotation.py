@@ -19,7 +19,19 @@ def rotate(folder: Path, committed: int, loop: LoopConfig) -> list[Path]:
     Where ``keep_gb`` is set, what stays leaves room in it for the next checkpoint: the oldest goes
     first, those of ``keep_every`` last. The newest is never deleted.
     Checkpoints beyond ``committed`` are the damaged ones that this life walked back over.
+    What cannot be looked at or deleted now is no reason to stop a run: the next commit tries again.
     """
+    try:
+        deleted = _too_old(folder, committed, loop)
+    except OSError as error:
+        LOG.warning("old checkpoints in %s could not be looked at: %s", folder, error)
+        return []
+    for path in (*deleted, *folder.glob(".step_*.tmp")):
+        _remove(path)
+    return deleted
+
+
+def _too_old(folder: Path, committed: int, loop: LoopConfig) -> list[Path]:
     steps = {path: int(path.name.removeprefix("step_")) for path in list_steps(folder)}
     ahead = [path for path, step in steps.items() if step > committed]
     done = [path for path, step in steps.items() if step <= committed]
@@ -27,12 +39,7 @@ def rotate(folder: Path, committed: int, loop: LoopConfig) -> list[Path]:
     kept = [p for p in done if p in done[: loop.keep_last] or p in milestones]
     if loop.keep_gb is not None:
         kept = _within(kept, milestones, loop.keep_gb * 1e9)
-    deleted = ahead + [path for path in done if path not in kept]
-    for path in deleted:
-        _remove(path)
-    for leftover in folder.glob(".step_*.tmp"):
-        _remove(leftover)
-    return deleted
+    return ahead + [path for path in done if path not in kept]
 
 
 def _within(kept: list[Path], milestones: list[Path], budget: float) -> list[Path]:
@@ -53,7 +60,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder; what cannot be deleted now is no reason to stop a run."""
+    """Delete a folder, or say that it could not be deleted."""
     try:
         shutil.rmtree(path)
     except OSError as error:

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +85,8 @@ class Saver:
         self._engine, self._folder, self._loop, self._lease = engine, folder, loop, lease
         self._on_failure, self._report = on_failure, report
         self._pending: PendingSave | None = None
+        self._deleter = ThreadPoolExecutor(1, "delete")
+        self._deleted: Future[None] = self._deleter.submit(lambda: None)
         self._layout: Layout | None = None
         self._staging: Staging | None = None
         if engine.rank == 0:
@@ -112,6 +115,7 @@ class Saver:
         self.wait()
         begun = time.monotonic()
         draft = checkpoint.draft_checkpoint(self._engine, self._folder, step, state, self._lease)
+        self._deleted.result()  # what the last save made too old may be room for this one
         checkpoint.together(lambda: checkpoint.begin(draft, stop), draft)
         background = self._writes_in_background()
         pending = PendingSave(draft, self._loop, self._prepare(draft, background))
@@ -122,6 +126,7 @@ class Saver:
         else:
             pending.write()
             self.wait()
+            self._deleted = self._deleter.submit(pending.delete_old)
 
     def poll(self) -> None:
         """Report a save that was committed meanwhile; costs nothing, and waits for nobody.
@@ -168,11 +173,13 @@ class Saver:
         try:
             if error is None:
                 self.wait()
+                self._deleted.result()
             elif self._pending is not None:
                 self._pending.leave()
                 if self._pending.failure is not None:
                     LOG.warning("the save under way failed as well: %s", self._pending.failure)
         finally:
+            self._deleter.shutdown()
             if self._staging is not None:
                 self._staging.close()
 
