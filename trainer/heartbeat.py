@@ -179,7 +179,10 @@ def start_files(run_dir: Path, token: int, rank: int) -> Path:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a rank; ``beat`` is its last, None when it never wrote one."""
+    """What became of a rank; ``beat`` is its last, None for a missing one.
+
+    Of a missing rank nothing is known: it has not begun, or cannot write its file.
+    """
 
     rank: int
     state: State
@@ -188,7 +191,7 @@ class Finding:
     def describe(self, now: float) -> str:
         """Return who it is and what it does; ``now`` in seconds since the epoch."""
         if self.beat is None:
-            return f"rank {self.rank} has not begun"
+            return f"rank {self.rank} has left no heartbeat (its log says why, if it has begun)"
         last, head = self.beat, f"rank {self.rank} on {self.beat.host}"
         done = f"step {last.step}, phase {last.phase}"
         if self.state == "silent":
@@ -225,14 +228,14 @@ def _judge_one(before: Beat | None, after: Beat | None, busy_s: float) -> State:
 
 
 def is_hopeless(findings: Sequence[Finding]) -> bool:
-    """Return whether waiting is in vain: somebody is gone, or nobody works any more."""
+    """Return whether waiting is in vain: somebody is gone, or surely nobody works any more."""
     states = {finding.state for finding in findings}
-    return bool(states & {"silent", "missing"}) or "works" not in states
+    return "silent" in states or not states & {"works", "missing"}
 
 
 def culprits(findings: Sequence[Finding]) -> list[Finding]:
     """Return the ranks that the others wait for: those gone, else those that hang elsewhere."""
-    for states in (("silent", "missing"), ("stuck",), ("works",)):
+    for states in (("silent",), ("stuck",), ("works", "missing")):
         found = [finding for finding in findings if finding.state in states]
         if found:
             return found

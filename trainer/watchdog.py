@@ -105,10 +105,6 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to beat."""
-        try:
-            self._path = heartbeat.start_files(self.post.run_dir, self.post.token, self.post.rank)
-        except OSError as error:  # nobody can name this rank then, but it can train
-            LOG.warning("no heartbeats in %s: %s", self.post.run_dir, error)
         self._beat()
         self._thread.start()
 
@@ -149,20 +145,24 @@ class Watchdog:
 
     def _beat(self) -> None:
         """Write the heartbeat; a file system that is away for a while must not end a run."""
-        if self._path is None:
-            return
         pulse, idle_s = heartbeat.pulse(), self._idle_s()
         where, waits = heartbeat.find_main_thread() if idle_s > PLACE_AFTER_S else ("", False)
         self._number += 1
         post = self.post
         try:
+            if self._path is None:
+                self._path = heartbeat.start_files(post.run_dir, post.token, post.rank)
             own = (post.rank, socket.gethostname(), os.getpid(), post.token, self._number)
             doing = (pulse.step, pulse.phase, round(idle_s, 1), where, waits)
             heartbeat.write_beat(self._path, Beat(*own, *doing, round(time.time(), 1)))
             self._was_missed = False
         except OSError as error:
             if not self._was_missed:
-                LOG.warning("no heartbeat in %s: %s", self._path, error)
+                LOG.warning(
+                    "rank %d can leave no heartbeat in %s for now: %s; it trains on, but the "
+                    "others cannot tell what it does",
+                    *(post.rank, post.run_dir / heartbeat.FOLDER, error),
+                )
             self._was_missed = True
 
     def _judge(self, now: float) -> None:
@@ -184,7 +184,7 @@ class Watchdog:
     def _decide(self, idle_s: float, findings: list[Finding]) -> None:
         """Leave if waiting is hopeless, else say once who is waited for."""
         allowed = self.post.limit_s * (UNCUT_FACTOR if self._is_uncut() else 1)
-        gone = any(finding.state in ("silent", "missing") for finding in findings)
+        gone = any(finding.state == "silent" for finding in findings)
         if findings[self.post.rank].state in ("silent", "missing"):
             gone = False  # not even this one's file is written: they tell nothing
         message = (
@@ -240,7 +240,7 @@ def explain_loss(post: Post) -> str:
     before = heartbeat.read_beats(*place)
     time.sleep(MISSED_BEATS * post.interval_s)
     found = heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
-    findings = [finding for finding in found if finding.state in ("silent", "stuck")]
+    findings = [finding for finding in found if finding.state in ("silent", "stuck", "missing")]
     return heartbeat.name_culprits(findings, time.time()) if findings else ""
 
 

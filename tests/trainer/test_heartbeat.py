@@ -146,7 +146,9 @@ def find(*states: str) -> list[Finding]:
         (["waits", "stuck", "waits"], True, [1]),
         (["waits", "works", "waits"], False, [1]),
         (["works", "silent", "works"], True, [1]),
-        (["waits", "missing"], True, [1]),
+        (["waits", "missing"], False, [1]),  # it may work
+        (["waits", "missing", "silent"], True, [2]),
+        (["waits", "missing", "stuck"], False, [2]),
         (["waits", "waits"], True, [0, 1]),
         (["stuck", "left"], True, [0]),
     ],
@@ -169,7 +171,7 @@ def test_the_message_names_rank_host_step_and_place() -> None:
         "rank 1 on n1 hangs in loss (trainer/loop.py:9) for 30 s (step 4, phase data); "
         "1 rank waits for others after step 4"
     )
-    assert "rank 0 has not begun" in name_culprits([Finding(0, "missing", None)], NOW)
+    assert "rank 0 has left no heartbeat" in name_culprits([Finding(0, "missing", None)], NOW)
     assert name_culprits(find(*["silent"] * 20), NOW).endswith("12 more ranks likewise")
 
 

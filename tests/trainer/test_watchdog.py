@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,13 +51,27 @@ def test_a_watched_block_beats_and_leaves_no_thread(tmp_path: Path) -> None:
     assert own and own.phase == LEFT
 
 
-def test_a_folder_that_cannot_be_written_does_not_end_a_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_rank_that_cannot_write_says_so_once_and_beats_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / heartbeat.FOLDER).write_text("a file")
+    monkeypatch.setattr(Post, "interval_s", 0.01)
+    folder, beats = tmp_path / heartbeat.FOLDER, threading.Semaphore(0)
+    folder.write_text("a file")
+    find = heartbeat.start_files
+
+    def start_files(*place: Any) -> Path:
+        beats.release()
+        return find(*place)
+
+    monkeypatch.setattr(heartbeat, "start_files", start_files)
     with watching(stand(tmp_path), pytest.fail):
-        pass
-    assert "no heartbeats in" in caplog.text
+        assert all(beats.acquire(timeout=20) for _ in range(3))
+        folder.unlink()
+        assert beats.acquire(timeout=20)
+    assert caplog.text.count("rank 0 can leave no heartbeat in") == 1
+    assert "Not a directory" in caplog.text or "File exists" in caplog.text
+    [own, _] = read_beats(tmp_path, 3, 2)
+    assert own and own.phase == LEFT
 
 
 class Left(Exception):
@@ -110,6 +125,7 @@ def test_the_first_rank_to_find_out_says_why_and_the_others_follow(
         ("load", "stuck", 1500, False),  # nothing beats inside
         ("load", "stuck", 4 * 1500, True),
         ("load", "silent", 1500, True),
+        ("agree", "missing", 1500, False),  # who knows what it does
         ("rollout", "stuck", 1500, False),  # the first of this process: what may compile
     ],
 )
@@ -125,14 +141,15 @@ def test_what_may_take_long_is_waited_for(
     heartbeat.start_files(tmp_path, 3, 0)
     heartbeat.beat(phase)
     dog = Watchdog(stand(tmp_path), ends.append)
-    others = [Finding(0, "waits", beat_of(0, idle_s)), Finding(1, state, beat_of(1, idle_s))]  # type: ignore
+    beat = None if state == "missing" else beat_of(1, idle_s)
+    others = [Finding(0, "waits", beat_of(0, idle_s)), Finding(1, state, beat)]  # type: ignore
     if is_left:
         with pytest.raises(Left):
             dog._decide(idle_s, others)
     else:
         dog._decide(idle_s, others)
         dog._decide(idle_s, others)
-        assert caplog.text.count("waiting on") == 1 and "rank 1 on n1" in caplog.text
+        assert caplog.text.count("waiting on") == 1 and "rank 1 " in caplog.text
     assert len(ends) == is_left
 
 
