@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.slurm_queue import array_task, job_state
+from launch.slurm_queue import array_task, job_state, job_time_limit
 from launch.tenancy import record_end
-from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE
+from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE, CorruptionError
 from trainer.heartbeat import describe_last
 from trainer.lease import read_holder
-from trainer.lives import append_line, cut_saves, newest_step, read_lives, slurm_life, utc_now
+from trainer.lives import (
+    append_line,
+    cut_saves,
+    life_number,
+    newest_step,
+    read_lives,
+    slurm_life,
+    utc_now,
+)
 
 REQUEUE_WAIT_S = 60  # for Slurm to end the script of a job that it has requeued
 RETRY_AFTER_S = (5, 15, 40)  # a controller that restarts must not cost the run its next lives
@@ -35,7 +44,8 @@ FINAL = {
     76: "a retry would replay it: lower the learning rate or look at the data of that step",
     78: "mend the configuration",
 }
-Action = Literal["done", "requeue", "give up", "leave"]
+RESTART_CODE = 101  # tells the script to start the ranks again in the job as it is
+Action = Literal["done", "restart", "requeue", "give up", "leave"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,10 @@ class LifeEnd:
         reason: the rank's, empty likewise.
         was_stopped: whether the user asked for the stop by a file.
         state: of the job in Slurm, None when it cannot be asked.
-        restart: lives of this job before this one.
+        num_lives: of this job, this one included.
         num_idle_lives: lives in a row, this one the last, that committed no checkpoint.
         step: of the newest checkpoint.
+        has_time: whether another life in the same job would make steps before its time limit.
         max_lives: of the job.
         max_idle_lives: in a row.
     """
@@ -60,9 +71,10 @@ class LifeEnd:
     reason: str
     was_stopped: bool
     state: str | None
-    restart: int
+    num_lives: int
     num_idle_lives: int
     step: int
+    has_time: bool
     max_lives: int
     max_idle_lives: int
 
@@ -92,7 +104,6 @@ def decide(end: LifeEnd) -> Decision:
     if end.state is not None and end.state != "RUNNING":
         gone = end.state or "gone from the queue"
         return Decision("leave", code, f"{what}; the job is {gone}, so Slurm decides on it")
-    lives = end.restart + 1
     if end.num_idle_lives >= end.max_idle_lives:
         return Decision(
             "give up",
@@ -100,19 +111,29 @@ def decide(end: LifeEnd) -> Decision:
             f"{what} (exit {code}). {end.num_idle_lives} lives in a row committed no checkpoint "
             f"after step {end.step} (cluster.max_lives_without_progress={end.max_idle_lives})",
         )
-    if lives >= end.max_lives:
+    if end.num_lives >= end.max_lives:
         return Decision(
             "give up",
             code,
-            f"{what} (exit {code}). This was life {lives} of cluster.max_lives={end.max_lives}; "
-            f"the newest checkpoint is of step {end.step}",
+            f"{what} (exit {code}). This was life {end.num_lives} of "
+            f"cluster.max_lives={end.max_lives}; the newest checkpoint is of step {end.step}",
         )
-    return Decision(
-        "requeue",
-        EXIT_RESUME,
-        f"{what} (exit {code}). Life {lives + 1} of at most {end.max_lives} resumes at step "
-        f"{end.step}",
-    )
+    next_life = f"Life {end.num_lives + 1} of at most {end.max_lives} resumes at step {end.step}"
+    if _may_stay(end.code, code) and end.has_time and end.num_idle_lives < 2:
+        # The nodes are still ours: no wait in the queue. Not twice in vain: others may do better.
+        return Decision("restart", RESTART_CODE, f"{what} (exit {code}). {next_life}, in this job")
+    return Decision("requeue", EXIT_RESUME, f"{what} (exit {code}). {next_life}")
+
+
+def _may_stay(code: int, said: int) -> bool:
+    """Return whether the same nodes may go on: nobody wants them back, none computes wrongly.
+
+    Args:
+        code: of srun. A signal that asked all ranks to leave ends them alike.
+        said: the exit code that a rank recorded. Ranks that srun ends for a killed one may say 75.
+    """
+    was_asked = said == EXIT_RESUME and code in (EXIT_RESUME, 128 + signal.SIGTERM)
+    return not was_asked and said != CorruptionError.exit_code
 
 
 def describe_code(code: int, said: str = "") -> str:
@@ -125,21 +146,29 @@ def describe_code(code: int, said: str = "") -> str:
     return f"srun exited {code} and no rank said why: see the job's log"
 
 
-def count_idle_lives(lives: Sequence[Mapping[str, Any]], restart: int, step: int) -> int:
-    """Return how many lives of a job, counted back from ``restart``, started at ``step``.
+def first_steps(lives: Sequence[Mapping[str, Any]], this: Mapping[str, Any]) -> list[int | None]:
+    """Return where each life of a job started, in their order; None where it never began.
 
     Args:
-        lives: of the job.
-        restart: of the life that ended now.
-        step: of the newest checkpoint. A life that never began has made no step either.
+        lives: of the job, as far as they left a word.
+        this: the life that ended now, the last one.
     """
-    first_steps = {life.get("restart"): life.get("first_step") for life in lives}
-    count = 0
-    for number in range(restart, -1, -1):
-        if first_steps.get(number) not in (None, step):
-            break
-        count += 1
-    return count
+    restart, attempt = life_number(this)
+    found: dict[tuple[int, int], int | None] = {(number, 0): None for number in range(restart)}
+    found |= {(restart, number): None for number in range(attempt + 1)}
+    found |= {life_number(life): life.get("first_step") for life in lives}
+    return [found[number] for number in sorted(found)]
+
+
+def count_idle_lives(first_steps: Sequence[int | None], step: int) -> int:
+    """Return how many lives of a job, counted back from the last, committed no checkpoint.
+
+    Args:
+        first_steps: of its lives; one that never began has made no step either.
+        step: of the newest checkpoint.
+    """
+    starts = enumerate(reversed(first_steps))
+    return next((num for num, start in starts if start not in (None, step)), len(first_steps))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -151,6 +180,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--said", default="")
     parser.add_argument("--max-lives", type=int, required=True)
     parser.add_argument("--max-lives-without-progress", type=int, required=True)
+    # Before the time limit, when the ranks are told to save.
+    parser.add_argument("--signal-s", type=float, required=True)
     # In a container there is no squeue: the script asks it. Empty: it did not answer.
     parser.add_argument("--state")
     # Nor is there scontrol: the script calls it when it sees this code.
@@ -171,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     print(f"kuroshio: {decision.action}: {decision.reason}", flush=True)
     if decision.action != "requeue":
-        return decision.exit_code
+        return decision.exit_code  # what comes of "restart" the script does itself
     return options.requeue_code or _requeue(str(array_task(os.environ)))
 
 
@@ -187,7 +218,9 @@ def _despite_storage(run_dir: Path) -> Iterator[None]:
 def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:
     """Return who lives in the folder after this life, from whose node Slurm took the job."""
     holder = read_holder(run_dir) if run_dir.is_dir() else None
-    if holder is None or holder.job != this["job"] or holder.restart <= this["restart"]:
+    if holder is None or holder.job != this["job"]:
+        return ""
+    if life_number(vars(holder)) <= life_number(this):
         return ""
     return f"life {holder.token} (restart {holder.restart} of the job, on {holder.host})"
 
@@ -195,7 +228,7 @@ def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:
 def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any]) -> LifeEnd:
     """Read what the ranks left; write their end for them if they could not."""
     lives = _lives_of(run_dir, this["job"])
-    own = [life for life in lives if life.get("restart") == this["restart"]]
+    own = [life for life in lives if life_number(life) == life_number(this)]
     if not own or "ended" not in own[-1]:
         token = own[-1].get("token") if own else None
         reason = "finished"
@@ -206,20 +239,22 @@ def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any])
             run_dir.mkdir(parents=True, exist_ok=True)
             record_end(run_dir, token, os.environ, exit_code=options.code, reason=reason)
         lives = _lives_of(run_dir, this["job"])
-        own = [life for life in lives if life.get("restart") == this["restart"]]
+        own = [life for life in lives if life_number(life) == life_number(this)]
     # A rank that failed before its life had a token, and rank 0, which srun ended for it, leave a
     # line each.
     final = [life for life in own if life.get("exit_code") in FINAL]
     last, step = (final or own or [{}])[-1], newest_step(run_dir)
+    starts, limit = first_steps(lives, this), job_time_limit(os.environ)
     return LifeEnd(
         code=options.code,
         exit_code=last.get("exit_code"),
         reason=str(last.get("reason", "")),
         was_stopped=last.get("cause") == STOP_FILE_CAUSE,
         state=job_state(this["job"]) if options.state is None else options.state or None,
-        restart=this["restart"],
-        num_idle_lives=count_idle_lives(lives, this["restart"], step),
+        num_lives=len(starts),
+        num_idle_lives=count_idle_lives(starts, step),
         step=step,
+        has_time=limit is None or limit - time.time() > 2 * options.signal_s,
         max_lives=options.max_lives,
         max_idle_lives=options.max_lives_without_progress,
     )

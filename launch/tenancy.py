@@ -26,7 +26,7 @@ from trainer.lease import (
     newest_token,
     read_holder,
 )
-from trainer.lives import append_line, newest_step, slurm_life, utc_now
+from trainer.lives import append_line, life_number, newest_step, slurm_life, utc_now
 from trainer.metrics.redaction import redact_text
 
 LOG = logging.getLogger(__name__)
@@ -73,14 +73,14 @@ def life_sign(holder: Holder, life: Mapping[str, Any], now: float, ask_state: As
 
     Args:
         holder: of the newest lease.
-        life: job and restart of the life that asks.
+        life: job, restart and attempt of the life that asks.
         now: seconds since the epoch, by the clock that the heartbeat is of.
         ask_state: returns a Slurm job's state, see ``job_state``.
     """
     if holder.has_ended:
         return ""
     same_job = holder.job is not None and holder.job == life["job"]
-    if same_job and holder.restart < life["restart"]:
+    if same_job and life_number(vars(holder)) < life_number(life):
         return ""  # Slurm ended that life before it began this one, or gave its node up
     if holder.job is not None and not same_job:
         state = ask_state(holder.job)
@@ -148,7 +148,7 @@ def record_end(
     end = {"ended": utc_now(), "token": token, **life, "host": socket.gethostname()}
     end |= {"rank": rank, "exit_code": exit_code, "reason": redact_text(reason), "cause": cause}
     end["step"] = newest_step(run_dir)
-    name = f"job_{life['job']}.{life['restart']}.end"
+    name = f"job_{life['job']}.{life['restart']}.{life['attempt']}.end"
     path = run_dir / LEASES_NAME / name
     if token is not None:
         path = lease_path(run_dir, token).with_suffix(".end")

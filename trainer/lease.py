@@ -78,6 +78,7 @@ class Holder:
         claimed: ISO time.
         heartbeat: seconds since the epoch, by the file system's clock.
         has_ended: whether it said how it ended.
+        attempt: how often the job's script had started the ranks again since then.
         damage: what is wrong with the file, then ``token``, ``heartbeat`` and ``has_ended`` alone
             are known; empty for nothing.
     """
@@ -90,6 +91,7 @@ class Holder:
     claimed: str
     heartbeat: float
     has_ended: bool
+    attempt: int = 0
     damage: str = ""
 
 
@@ -114,7 +116,8 @@ def read_holder(run_dir: Path) -> Holder | None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # after a power failure
         damage = f"{type(error).__name__}: {error}"
         nobody = Process("", "", 0, 0)
-        return Holder(token, "an unknown host", None, 0, nobody, "", beat, has_ended, damage)
+        whose = (token, "an unknown host", None, 0, nobody, "")
+        return Holder(*whose, heartbeat=beat, has_ended=has_ended, damage=damage)
 
 
 def lease_path(run_dir: Path, token: int) -> Path:

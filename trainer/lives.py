@@ -16,6 +16,7 @@ from typing import Any
 
 LIVES_NAME = "lives.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+ATTEMPT_KEY = "KUROSHIO_ATTEMPT"  # set by the job script
 BEGUN_NAME = "begun.json"  # in the folder of a save under way: which step, since when, why
 Life = dict[str, Any]
 
@@ -26,11 +27,21 @@ def utc_now() -> str:
 
 
 def slurm_life(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return which life of which Slurm job this is: ``job`` (None outside) and ``restart``."""
+    """Return which life of which Slurm job this is.
+
+    ``job`` is None outside of one, ``restart`` counts how often Slurm has requeued it, and
+    ``attempt`` how often its script has started the ranks again since then.
+    """
     return {
         "job": environ.get("SLURM_JOB_ID"),
         "restart": int(environ.get("SLURM_RESTART_COUNT") or 0),
+        "attempt": int(environ.get(ATTEMPT_KEY) or 0),
     }
+
+
+def life_number(life: Mapping[str, Any]) -> tuple[int, int]:
+    """Return ``restart`` and ``attempt``, by which the lives of one job are in order."""
+    return int(life.get("restart") or 0), int(life.get("attempt") or 0)
 
 
 def append_line(run_dir: Path, record: Mapping[str, Any]) -> None:
@@ -49,10 +60,10 @@ def append_line(run_dir: Path, record: Mapping[str, Any]) -> None:
 def read_lives(run_dir: Path) -> list[Life]:
     """Return the lives of a run in the order of their starts, each with its end as far as known.
 
-    Fields of a start: ``started, token, host, job, restart, launcher, world_size, directory,
-    first_step, changes, code, config`` (hashes of the last two); of an end: ``ended, exit_code,
-    reason, cause, rank, step`` (newest checkpoint); of a job script's decision: ``decision,
-    decision_reason``. A life that failed before it began has no ``started``.
+    Fields of a start: ``started, token, host, job, restart, attempt, launcher, world_size,
+    directory, first_step, changes, code, config`` (hashes of the last two); of an end: ``ended,
+    exit_code, reason, cause, rank, step`` (newest checkpoint); of a job script's decision:
+    ``decision, decision_reason``. A life that failed before it began has no ``started``.
     """
     lives: list[Life] = []
     for line in _read_lines(run_dir / LIVES_NAME):
@@ -66,11 +77,14 @@ def read_lives(run_dir: Path) -> list[Life]:
 
 def _find(lives: list[Life], line: Life) -> Life | None:
     """Return the life that an end or a decision is of."""
-    keys = ("token",) if line.get("token") is not None else ("job", "restart")
-    wanted = [line.get(key) for key in keys]
-    if wanted[0] is None:
+    token, job = line.get("token"), line.get("job")
+    if token is not None:
+        found = [life for life in lives if life.get("token") == token]
+    elif job is not None:
+        own = (job, life_number(line))
+        found = [life for life in lives if (life.get("job"), life_number(life)) == own]
+    else:
         return None
-    found = [life for life in lives if [life.get(key) for key in keys] == wanted]
     if not found or ("ended" in line and "ended" in found[-1]):
         return None
     return found[-1]

@@ -25,7 +25,7 @@ from trainer.metrics.run_facts import SUBMISSION_NAME
 STATE_FILE = "pipeline.json"
 FORMAT = 1
 NEVER = "DependencyNeverSatisfied"  # squeue's reason; the jobs waited for may be made anew since
-REQUEUED = "requeue"  # what the end of a job decided
+REQUEUED, RESTARTED = "requeue", "restart"  # what the end of a job decided
 REQUEUE_SHOWS_S = 300  # until Slurm, asked several times, must have the job in its queue again
 BROKEN = ("failed", "held", "stopped")  # states of a parent that hold a child
 State = Literal["waiting", "running", "submitted", "done", "failed", "held", "stopped"]
@@ -152,8 +152,8 @@ def _last_words(folder: Path, name: str, step: StepState) -> dict[str, Any]:
     life = _last_life(folder, name, step)
     logs = _place(folder, name, step) / "logs"
     reason = life.get("decision_reason") or life.get("reason")
-    if life.get("decision") == REQUEUED:
-        reason = f"job {step.job} was requeued, and cancelled before its next life"
+    if life.get("decision") in (REQUEUED, RESTARTED):
+        reason = f"job {step.job} was cancelled between two lives"
     return {
         "exit_code": life.get("exit_code"),
         "ended": life.get("ended"),

@@ -101,6 +101,8 @@ def _judge_ended(facts: RunFacts, job: Job | None, was_asked: bool) -> State:
         sign = facts.last_sign or last.started
         age = f"no sign of life for {show_duration(facts.seconds_since(sign))}" if sign else ""
         return State("lost", ", ".join(part for part in (age, job.state if job else "") if part))
+    if last.decision == "restart" and not was_asked:
+        return State("running", last.why)
     if last.decision == "requeue" and not was_asked:
         return State("requeued", last.why)
     if last.exit_code == EXIT_RESUME and last.decision in ("", "leave"):

@@ -130,20 +130,19 @@ def test_a_killed_rank_is_survived(
     *_, (victim, *_) = runs.ranks(run_dir).values()
     os.kill(victim, signal.SIGKILL)
     cluster.wait(job, "COMPLETED")
-    assert cluster.show(job)["Restarts"] == "1"
+    assert cluster.show(job)["Restarts"] == "0"  # the nodes were not given back
     first, last = reasons(run_dir)
-    assert first[2] == "requeue" and last == (5, 0, "done")
+    assert first[2] == "restart" and last == (5, 0, "done")
     check_like(unbroken, run_dir)
 
 
 @pytest.mark.faults(row=18)
 def test_a_crash_loop_ends(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    values = runs.values(run_dir, max_lives_without_progress=2)
-    job = runs.submit(values, lives=99, kill_at=0)
+    job = runs.submit(runs.values(run_dir), starts=99, attempts=99, kill_at=0)
     shown = cluster.wait(job, "FAILED")
     assert shown["Restarts"] == "1"
-    assert [life[2] for life in reasons(run_dir)] == ["requeue", "give up"]
+    assert [life[2] for life in reasons(run_dir)] == ["restart", "requeue", "give up"]
     assert "committed no checkpoint" in Path(shown["StdOut"]).read_text()
 
 
@@ -152,7 +151,7 @@ def test_what_a_retry_would_repeat_is_not_retried(
     runs: Runs, cluster: Cluster, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir), lives=99, nan_at=2)
+    job = runs.submit(runs.values(run_dir), starts=99, attempts=99, nan_at=2)
     shown = cluster.wait(job, "FAILED")
     assert (shown["Restarts"], shown["ExitCode"]) == ("0", "76:0")
     assert reasons(run_dir) == [(0, 76, "give up")]

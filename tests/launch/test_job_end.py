@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import job_end
-from launch.job_end import LifeEnd, count_idle_lives, decide
+from launch.job_end import LifeEnd, count_idle_lives, decide, first_steps
 from trainer import errors
 from trainer.errors import EXIT_RESUME, KuroshioError
 from trainer.lease import Lease
@@ -26,9 +27,10 @@ STOPPED = LifeEnd(
     reason="stopped by SIGUSR1 after step 40, saved",
     was_stopped=False,
     state="RUNNING",
-    restart=1,
+    num_lives=2,
     num_idle_lives=0,
     step=40,
+    has_time=True,
     max_lives=20,
     max_idle_lives=3,
 )
@@ -40,11 +42,21 @@ STOPPED = LifeEnd(
         ({}, "requeue", 75, "SIGUSR1 after step 40, saved (exit 75). Life 3 of at most 20"),
         ({"code": 0, "exit_code": 0}, "done", 0, "finished at step 40"),
         ({"code": 0, "exit_code": None}, "done", 0, "finished"),
-        ({"code": 137, "exit_code": None, "reason": ""}, "requeue", 75, "killed by signal 9"),
-        ({"code": 143, "exit_code": None, "reason": ""}, "requeue", 75, "killed by signal 15"),
-        ({"code": 1, "exit_code": None, "reason": ""}, "requeue", 75, "srun exited 1"),
-        ({"exit_code": 69, "reason": "lost n2"}, "requeue", 75, "lost n2 (exit 69). Life 3"),
-        ({"exit_code": 0, "reason": "finished"}, "requeue", 75, "resumes at step 40"),
+        ({"code": 137, "exit_code": None, "reason": ""}, "restart", 101, "killed by signal 9"),
+        ({"code": 143, "exit_code": None, "reason": ""}, "restart", 101, "killed by signal 15"),
+        ({"code": 1, "exit_code": None, "reason": ""}, "restart", 101, "srun exited 1"),
+        ({"exit_code": 69, "reason": "lost n2"}, "restart", 101, "lost n2 (exit 69). Life 3"),
+        ({"exit_code": 0, "reason": "finished"}, "restart", 101, "step 40, in this job"),
+        ({"exit_code": 69, "state": None}, "restart", 101, "in this job"),
+        ({"exit_code": 69, "state": "COMPLETING"}, "leave", 69, "COMPLETING"),
+        ({"exit_code": 69, "num_idle_lives": 1}, "restart", 101, "in this job"),
+        ({"exit_code": 69, "num_idle_lives": 2}, "requeue", 75, "resumes at step 40"),
+        ({"exit_code": 69, "num_idle_lives": 3}, "give up", 69, "3 lives in a row"),
+        ({"exit_code": 69, "has_time": False}, "requeue", 75, "resumes at step 40"),
+        ({"exit_code": 69, "num_lives": 20}, "give up", 69, "life 20 of cluster.max_lives=20"),
+        ({"exit_code": 72}, "requeue", 75, "resumes at step 40"),
+        ({"code": 75}, "requeue", 75, "resumes at step 40"),
+        ({"code": 137}, "restart", 101, "in this job"),  # a rank killed before the first step
         ({"exit_code": 65, "reason": "bad row"}, "give up", 65, "bad row (exit 65). No retry"),
         ({"exit_code": 66}, "give up", 66, "restore the checkpoint"),
         ({"exit_code": 71}, "give up", 71, "same checkout"),
@@ -57,8 +69,8 @@ STOPPED = LifeEnd(
         ({"state": "COMPLETING"}, "leave", 75, "COMPLETING, so Slurm decides"),
         ({"state": ""}, "leave", 75, "gone from the queue"),
         ({"state": None}, "requeue", 75, "Life 3"),
-        ({"restart": 18}, "requeue", 75, "Life 20 of at most 20"),
-        ({"restart": 19}, "give up", 75, "life 20 of cluster.max_lives=20"),
+        ({"num_lives": 19}, "requeue", 75, "Life 20 of at most 20"),
+        ({"num_lives": 20}, "give up", 75, "life 20 of cluster.max_lives=20"),
         ({"num_idle_lives": 2}, "requeue", 75, "Life 3"),
         ({"num_idle_lives": 3}, "give up", 75, "3 lives in a row committed no checkpoint after"),
         ({"num_idle_lives": 3, "code": 0}, "done", 0, "finished"),
@@ -81,21 +93,28 @@ def test_every_exit_code_of_an_error_is_decided_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first_steps", "restart", "step", "expected"),
+    ("begun", "this", "expected"),
     [
-        ({0: 0}, 0, 0, 1),
-        ({0: 0}, 0, 40, 0),
-        ({0: 0, 1: 40, 2: 40}, 2, 40, 2),
-        ({0: 0, 1: 40, 2: 40}, 2, 60, 0),
-        ({0: 0, 2: 0}, 2, 0, 3),  # life 1 died before it began
-        ({}, 1, 40, 2),
+        ({(0, 0): 0}, (0, 0), [0]),
+        ({(0, 0): 0, (2, 0): 0}, (2, 0), [0, None, 0]),  # life 1 died before it began
+        ({}, (1, 0), [None, None]),
+        ({(0, 0): 0, (0, 1): 8, (0, 3): 9}, (0, 3), [0, 8, None, 9]),
+        ({(0, 0): 0, (0, 1): 8, (1, 0): 9}, (1, 1), [0, 8, 9, None]),
     ],
 )
-def test_idle_lives_are_counted_back(
-    first_steps: dict[int, int], restart: int, step: int, expected: int
+def test_lives_of_a_job_are_counted(
+    begun: dict[tuple[int, int], int], this: tuple[int, int], expected: list[int | None]
 ) -> None:
-    lives = [{"restart": r, "first_step": s} for r, s in first_steps.items()]
-    assert count_idle_lives(lives, restart, step) == expected
+    lives = [{"restart": r, "attempt": a, "first_step": s} for (r, a), s in begun.items()]
+    assert first_steps(lives, {"restart": this[0], "attempt": this[1]}) == expected
+
+
+@pytest.mark.parametrize(
+    ("starts", "step", "expected"),
+    [([0], 0, 1), ([0], 40, 0), ([0, 40, 40], 40, 2), ([0, 40, 40], 60, 0), ([0, None, 0], 0, 3)],
+)
+def test_idle_lives_are_counted_back(starts: list[int | None], step: int, expected: int) -> None:
+    assert count_idle_lives(starts, step) == expected
 
 
 @pytest.fixture
@@ -117,26 +136,36 @@ def in_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def end(run_dir: Path, code: int, *flags: str) -> int:
-    limits = ["--max-lives", "5", "--max-lives-without-progress", "2"]
+    limits = ["--max-lives", "5", "--max-lives-without-progress", "3", "--signal-s", "60"]
     return job_end.main([str(run_dir), "--code", str(code), *limits, *flags])
 
 
-def test_killed_ranks_are_requeued_until_nothing_moves(
+def test_killed_ranks_start_again_here_then_elsewhere_until_nothing_moves(
     in_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (in_job / "checkpoints/step_00000008").mkdir(parents=True)
-    for restart, first_step in enumerate((0, 8, 8)):
+    lives = [(0, 0, 0, 101), (0, 1, 8, 101), (0, 2, 8, EXIT_RESUME), (1, 0, 8, 137)]
+    for token, (restart, attempt, first_step, expected) in enumerate(lives, start=1):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        append_line(in_job, {"started": "x", "token": restart + 1, "job": "17",
-                             "restart": restart, "first_step": first_step})  # fmt: skip
-        assert end(in_job, 137) == (137 if restart == 2 else EXIT_RESUME)
-    assert (in_job.parent / "asked").read_text().splitlines() == ["requeue 17"] * 2
+        monkeypatch.setenv("KUROSHIO_ATTEMPT", str(attempt))
+        life = {"job": "17", "restart": restart, "attempt": attempt, "first_step": first_step}
+        append_line(in_job, {"started": "x", "token": token, **life})
+        assert end(in_job, 137) == expected
+    assert (in_job.parent / "asked").read_text().splitlines() == ["requeue 17"]
     decisions = [life["decision"] for life in read_lives(in_job)]
-    assert decisions == ["requeue", "requeue", "give up"]
+    assert decisions == ["restart", "restart", "requeue", "give up"]
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("kuroshio: requeue: the ranks were killed by signal 9")
-    assert "Life 2 of at most 5 resumes at step 8" in said[0]
-    assert "2 lives in a row committed no checkpoint after step 8" in said[-1]
+    assert said[0].startswith("kuroshio: restart: the ranks were killed by signal 9")
+    assert "Life 2 of at most 5 resumes at step 8, in this job" in said[0]
+    assert "3 lives in a row committed no checkpoint after step 8" in said[-1]
+
+
+@pytest.mark.parametrize(("left_s", "code"), [(90, EXIT_RESUME), (180, 101)])
+def test_a_job_that_is_nearly_over_starts_no_ranks_again(
+    in_job: Path, monkeypatch: pytest.MonkeyPatch, left_s: int, code: int
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left_s))
+    assert end(in_job, 137) == code
 
 
 def test_what_a_rank_said_counts_more_than_sruns_code(in_job: Path) -> None:
@@ -159,7 +188,7 @@ def test_a_save_that_the_end_of_the_job_cut_off_is_said(
         aside.mkdir(parents=True)
         note = {"step": step, "stop": stop, "begun": "2026-01-01T10:00:00+00:00"}
         (aside / "begun.json").write_text(json.dumps(note))
-    assert end(in_job, 137) == EXIT_RESUME
+    assert end(in_job, 137) == job_end.RESTART_CODE
     reason = read_lives(in_job)[0]["decision_reason"]
     assert "killed by signal 9" in reason
     assert "the save of step 40 was cut off" in reason and "step 8 was" not in reason
@@ -181,7 +210,7 @@ def test_a_requeue_that_slurm_refuses_is_said(
 ) -> None:
     script = in_job.parent / "bin/scontrol"
     script.write_text("#!/bin/sh\necho Requested operation is presently disabled >&2\nexit 1\n")
-    assert end(in_job, 143) == EXIT_RESUME
+    assert end(in_job, EXIT_RESUME) == EXIT_RESUME
     said = capsys.readouterr().out
     assert said.count("presently disabled") == 3 and "submit the job again" in said
 
@@ -190,7 +219,7 @@ def test_a_controller_that_restarts_is_asked_again(in_job: Path) -> None:
     script, tried = in_job.parent / "bin/scontrol", in_job.parent / "tried"
     lines = f"#!/bin/sh\n[ -e {tried} ] || {{ touch {tried}; echo timed out >&2; exit 1; }}\n"
     script.write_text(f'{lines}echo "$@" >>{in_job.parent}/asked\n')
-    assert end(in_job, 143) == EXIT_RESUME
+    assert end(in_job, EXIT_RESUME) == EXIT_RESUME
     assert (in_job.parent / "asked").read_text() == "requeue 17\n"
 
 
@@ -200,15 +229,15 @@ def test_a_task_of_an_array_is_requeued_alone(
     """Its array's number, the own one of the last task, would start all of them again."""
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert end(in_job, 143) == EXIT_RESUME
+    assert end(in_job, EXIT_RESUME) == EXIT_RESUME
     assert (in_job.parent / "asked").read_text() == "requeue 17_4\n"
 
 
-@pytest.mark.parametrize(("state", "code"), [("RUNNING", 100), ("", 100), ("COMPLETING", 143)])
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", 100), ("", 100), ("COMPLETING", 75)])
 def test_the_script_of_an_image_asks_slurm_itself(in_job: Path, state: str, code: int) -> None:
     """A job that was cancelled must not come back."""
     (in_job.parent / "bin/squeue").write_text("#!/bin/sh\nexit 127\n")
-    assert end(in_job, 143, "--requeue-code", "100", "--state", state) == code
+    assert end(in_job, EXIT_RESUME, "--requeue-code", "100", "--state", state) == code
     assert not (in_job.parent / "asked").exists()
 
 

@@ -48,7 +48,7 @@ class Runs:
 
             def install_and_submit(script: Path) -> str:
                 shutil.copy(BRAKE, run_dir / "code")
-                (run_dir / "code" / "brake.json").write_text(json.dumps({"lives": 1} | brake))
+                (run_dir / "code" / "brake.json").write_text(json.dumps(brake))
                 return hand_over(script)
 
             patch.setattr(sbatch, "submit_script", install_and_submit if brake else hand_over)

@@ -72,7 +72,7 @@ def test_words_that_are_wrong_end_a_job_by_hand(cluster: Cluster, tmp_path: Path
     assert cluster.wait(job, "FAILED")["ExitCode"] == "78:0"
 
 
-def test_an_image_is_requeued_from_outside(
+def test_an_image_is_started_again_and_requeued_from_outside(
     runs: Runs, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outside, inside = tmp_path / "outside", tmp_path / "inside"
@@ -90,11 +90,11 @@ def test_an_image_is_requeued_from_outside(
     monkeypatch.setenv("PATH", f"{outside}:{os.environ['PATH']}")
     values = runs.values(tmp_path / "run", image=str(tmp_path / "image.sif"))
     values["loop"] |= {"max_steps": 3, "save_every": 1}
-    job = runs.submit(values, lives=1, kill_at=2)
+    job = runs.submit(values, attempts=99, kill_at=0)
     cluster.wait_for_restart(job)
     cluster.wait(job, "COMPLETED")
-    first, last = read_lives(tmp_path / "run")
-    assert first["decision"] == "requeue" and last["decision"] == "done"
+    lives = read_lives(tmp_path / "run")
+    assert [life["decision"] for life in lives] == ["restart", "requeue", "done"]
 
 
 def test_an_array_runs_as_many_tasks_at_once_as_asked(

@@ -44,7 +44,7 @@ def test_a_run_is_watched_stopped_and_resumed(runs: Runs, cluster: Cluster, tmp_
     prices = [{"who": "all", "currency": "TWD", "per_gpu_hour": 3600.0, "source": "-", "date": "-"}]
     values = runs.values(run_dir, time="00:10:00")
     values["cluster"]["site"]["prices"] = prices
-    job = runs.submit(values, lives=1, from_step=4, step_s=3.0)
+    job = runs.submit(values, from_step=4, step_s=3.0)
     login = Login(cluster, run_dir)
     assert login.watch()["state"] in ("pending", "running")
     wait_until(lambda: read_step(run_dir) >= 4, "step 4")

@@ -233,7 +233,7 @@ class ClusterConfig:
     partition: str | None = None  # null: the site's default
     account: str | None = None  # project that pays
     time: str | None = None  # D-HH:MM:SS or HH:MM:SS; null: the partition's limit
-    max_lives: int = 20  # starts of one job, requeues included
+    max_lives: int = 20  # starts of one job's ranks
     max_lives_without_progress: int = 3  # lives in a row without a newer checkpoint
     exclude: str | None = None  # nodes to stay away from, such as gn1001,gn[1003-1005]
     image: str | None = None  # Singularity or Apptainer image that holds the environment

@@ -103,6 +103,13 @@ def describe_resume(event: Mapping[str, Any]) -> str | None:
     return "{of} on {on}: {gb_read} GB in {seconds} s".format_map(event)
 
 
+def _describe_start(life: Life) -> str:
+    """Return how often a job was started before this life, empty for its first one."""
+    counts = {"restart": life.restart, "attempt": life.attempt}
+    words = ", ".join(f"{word} {count}" for word, count in counts.items() if count)
+    return f" ({words})" if words else ""
+
+
 def _life_row(record: Mapping[str, Any], life: Life, resume: Mapping[str, Any]) -> list[Any]:
     seconds = life.seconds(None)
     steps = [str(step) for step in (record.get("first_step"), life.step) if step is not None]
@@ -115,7 +122,7 @@ def _life_row(record: Mapping[str, Any], life: Life, resume: Mapping[str, Any]) 
     return [
         record.get("started"),
         life.host or None,
-        life.job and life.job + (f" (restart {life.restart})" if life.restart else ""),
+        life.job and life.job + _describe_start(life),
         life.launcher or None,
         life.world_size,
         " → ".join(steps) or None,

@@ -27,7 +27,8 @@ class Life:
     ended: float | None
     host: str
     job: str | None
-    restart: int
+    restart: int  # by Slurm
+    attempt: int  # by the job's script, since then
     launcher: str
     directory: str  # it started in
     world_size: int | None
@@ -65,6 +66,7 @@ def build_life(record: Mapping[str, Any]) -> Life:
         host=str(record.get("host") or ""),
         job=None if job is None else str(job),
         restart=_whole(record.get("restart")) or 0,
+        attempt=_whole(record.get("attempt")) or 0,
         launcher=str(record.get("launcher") or ""),
         directory=str(record.get("directory") or ""),
         world_size=_whole(record.get("world_size")),

@@ -1,6 +1,7 @@
 """Disturb the ranks of a run as ``brake.json`` beside this file says; for tests only.
 
-lives: how many lives of the job are disturbed, the first ones
+starts, attempts: how often Slurm starts the job, and its script the ranks, until nothing is
+    disturbed any more; 1 unless given
 from_step, step_s: each step from this one on takes so many seconds longer
 hold_save: rank 0 waits in the save of this step until ``RUN/release`` exists
 kill_at, nan_at: rank 1 dies by SIGKILL, or every rank finds NaN, in this step
@@ -47,5 +48,6 @@ def disturb(plan: dict) -> None:
 file = Path(__file__).with_name("brake.json")
 if file.exists() and "run" in sys.orig_argv and "SLURM_PROCID" in os.environ:
     found = json.loads(file.read_text())
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < found["lives"]:
+    restart, attempt = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ["KUROSHIO_ATTEMPT"]
+    if int(restart) < found.get("starts", 1) and int(attempt) < found.get("attempts", 1):
         disturb(found)
