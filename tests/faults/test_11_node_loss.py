@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from cluster_runs import Runs, read_step, wait_until
+from cluster_runs import Runs, wait_until
 from probe_runs import ROOT
 from training_support import read_losses
 
@@ -36,8 +36,7 @@ def test_with_too_few_nodes_left_a_run_waits_and_says_so_and_goes_on_with_fewer(
     cluster.wait_until_idle()
     run_dir = tmp_path / "run"
     values = runs.values(run_dir, nodes=4)
-    job = runs.submit(values, from_step=7, step_s=1.0)
-    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    job = runs.submit_until(7, values, from_step=7, step_s=1.0)
     [lost, *_] = set(cluster.nodes) - {cluster.show(job)["BatchHost"]}
     cluster.cut(lost)
     try:

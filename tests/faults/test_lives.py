@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-from cluster_runs import Runs, identify_files, read_step, wait_until
+from cluster_runs import Runs, identify_files, wait_until
 from training_support import largest_difference, read_losses, read_masters
 
 from trainer.engine.committed import list_steps
@@ -54,8 +54,7 @@ def test_the_time_limit_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir), from_step=7, step_s=3.0)
-    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    job = runs.submit_until(7, runs.values(run_dir), from_step=7, step_s=3.0)
     limit_time(cluster, job, minutes_left=2)  # sooner than the signal is due, so it comes now
     cluster.wait(job, "PENDING")
     limit_time(cluster, job, minutes_left=30)
@@ -72,8 +71,7 @@ def test_preemption_is_survived(
     run_dir = tmp_path / "run"
     values = runs.values(run_dir)
     values["log"] = {"wandb": "offline"}
-    job = runs.submit(values, **SLOW)
-    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    job = runs.submit_until(7, values, **SLOW)
     urgent = cluster.submit(
         "#!/bin/bash\nsleep 3\n", "--account=ENT109001", "--partition=express", "--nodes=4",
         "--gres=gpu:2", "--output=/dev/null",
@@ -110,8 +108,7 @@ def test_a_cancelled_run_saves_and_can_be_submitted_again(
 ) -> None:
     run_dir = tmp_path / "run"
     values = runs.values(run_dir)
-    job = runs.submit(values, **SLOW)
-    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    job = runs.submit_until(7, values, **SLOW)
     cluster.cancel(job)
     assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
     wait_until(lambda: not runs.ranks(run_dir), "the ranks to end")
@@ -125,8 +122,7 @@ def test_a_killed_rank_is_survived(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir), **SLOW)
-    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    job = runs.submit_until(7, runs.values(run_dir), **SLOW)
     *_, (victim, *_) = runs.ranks(run_dir).values()
     os.kill(victim, signal.SIGKILL)
     cluster.wait(job, "COMPLETED")

@@ -54,6 +54,12 @@ class Runs:
             patch.setattr(sbatch, "submit_script", install_and_submit if brake else hand_over)
             return submission.submit_run(values, run_dir)
 
+    def submit_until(self, step: int, values: dict[str, Any], **brake: Any) -> str:
+        """Submit a run as ``submit`` does, and wait for its journal to show a step."""
+        job = self.submit(values, **brake)
+        wait_until(lambda: read_step(Path(values["run_dir"])) >= step, f"step {step}")
+        return job
+
     def ranks(self, run_dir: Path) -> dict[str, list[int]]:
         """Return the processes of a run's ranks on each node; "" is all nodes in one."""
         return ranks_of(self.cluster, run_dir)

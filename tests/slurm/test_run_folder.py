@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from cluster_runs import Runs, read_step, wait_until
+from cluster_runs import Runs
 from training_support import largest_difference, read_losses, read_masters
 
 from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE
@@ -35,8 +35,7 @@ def test_a_folder_is_one_jobs_and_the_next_may_have_fewer_nodes(
     runs: Runs, cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = runs.submit(runs.values(run_dir), from_step=7, step_s=2.0)
-    wait_until(lambda: read_step(run_dir) >= 7, "step 7")
+    job = runs.submit_until(7, runs.values(run_dir), from_step=7, step_s=2.0)
 
     second = start_by_hand(cluster, run_dir, 1)
     shown = cluster.wait(second, "FAILED")
