@@ -60,8 +60,10 @@ def test_a_rank_that_cannot_write_says_so_once_and_beats_when_it_can(
     find = heartbeat.start_files
 
     def start_files(*place: Any) -> Path:
-        beats.release()
-        return find(*place)
+        try:
+            return find(*place)
+        finally:
+            beats.release()
 
     monkeypatch.setattr(heartbeat, "start_files", start_files)
     with watching(stand(tmp_path), pytest.fail):
