@@ -164,6 +164,19 @@ def test_running_without_evaluation_and_with_a_torn_line(run_dir: Path) -> None:
     assert "Before and after" not in html and "Training loss" in html and html.count("<svg") == 6
 
 
+def test_what_the_guards_did_is_marked_on_the_loss(run_dir: Path) -> None:
+    whole = Page(render_report(load_run(run_dir)))
+    assert "a skipped step" not in whole.text and "rolled back" not in whole.text
+    skip = {"split": "event", "step": 7, "time": 1e9, "event": "skip", "why": "a spike"}
+    lines = [*journal_lines(), skip, skip | {"step": 9}]
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
+    html = render_report(load_run(run_dir))
+    assert Page(html).text.count("a skipped step") == 1 and "rolled back" not in html
+    back = skip | {"event": "roll_back", "step": 4}
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(map(encode_line, [*lines, back])))
+    assert Page(render_report(load_run(run_dir))).text.count("rolled back to this step") == 1
+
+
 def test_slow_ranks_have_a_table_and_a_curve(run_dir: Path) -> None:
     assert "Slowest rank" not in render_report(load_run(run_dir))
     slow = {"rank": 3, "host": "node-<9>", "seconds": 0.9, "data_seconds": 0.625}

@@ -44,6 +44,14 @@ class Curve:
     colour: int = 0
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A step at which something happened, drawn as a line from top to bottom."""
+
+    step: int
+    colour: int
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Return the mean over a centred window of about a thirtieth of the values.
 
@@ -72,16 +80,22 @@ def thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list
     return [steps[i] for i in order], [values[i] for i in order]
 
 
-def draw_chart(name: str, curves: Sequence[Curve], axis: Axis = "plain") -> str:
+def draw_chart(
+    name: str, curves: Sequence[Curve], axis: Axis = "plain", marks: Sequence[Mark] = ()
+) -> str:
     """Return one chart over steps as an ``<svg>`` element, 4 × 2.2 inches before scaling.
 
     Args:
         name: of the chart, unique on its page: the SVG's ids are derived from it.
         curves: in drawing order.
         axis: how the vertical axis reads.
+        marks: behind the curves.
     """
 
     def paint(axes: Axes) -> None:
+        for mark in marks:
+            colour = COLOURS[mark.colour % NUM_COLOURS]
+            axes.axvline(mark.step, color=colour, linewidth=0.9, linestyle=DASHES[1])
         for curve in curves:
             _draw_curve(axes, curve)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

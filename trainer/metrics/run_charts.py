@@ -11,6 +11,7 @@ from markupsafe import Markup
 from trainer.metrics.charts import (
     Axis,
     Curve,
+    Mark,
     draw_calibration,
     draw_chart,
     draw_histogram,
@@ -56,6 +57,8 @@ EVAL_CHARTS: tuple[tuple[str, str, Axis], ...] = (
     ("kl", "KL from the reference, held-out (nats a response)", "plain"),
     ("response_length", "Length of a response, held-out (tokens)", "plain"),
 )
+# Event -> what a mark of it on the loss means, and its colour.
+MARKS = {"skip": ("a skipped step", 5), "roll_back": ("rolled back to this step", 1)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Chart:
 
     title: str
     svg: Markup
-    legend: list[tuple[str, int]]  # curve name, colour
+    legend: list[tuple[str, int]]  # name of a curve or mark, colour
     caption: str
 
 
@@ -84,6 +87,7 @@ def _draw_train_chart(run: Run, key: str, title: str, axis: Axis, noisy: bool) -
     if not steps:
         return []
     curves = [Curve(steps, values, faint=noisy)]
+    marks, legend = _mark_events(run) if key == "loss" else ([], [])
     if noisy:
         curves.append(Curve(steps, smooth(values)))
     show = show_share if axis == "percent" else show_number
@@ -92,7 +96,14 @@ def _draw_train_chart(run: Run, key: str, title: str, axis: Axis, noisy: bool) -
     if num_lost:
         caption += f" · {num_lost} not finite"
     # The SVG is our own and holds no text of the run's.
-    return [Chart(title, Markup(draw_chart(key, curves, axis)), [], caption)]
+    return [Chart(title, Markup(draw_chart(key, curves, axis, marks)), legend, caption)]
+
+
+def _mark_events(run: Run) -> tuple[list[Mark], list[tuple[str, int]]]:
+    """Return the steps at which the guards did something, and what their colours mean."""
+    found = {name: [e["step"] for e in run.events if e.get("event") == name] for name in MARKS}
+    marks = [Mark(step, MARKS[name][1]) for name, steps in found.items() for step in set(steps)]
+    return marks, [MARKS[name] for name, steps in found.items() if steps]
 
 
 def _draw_eval_chart(run: Run, key: str, title: str, axis: Axis) -> list[Chart]:

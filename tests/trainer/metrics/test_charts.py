@@ -8,6 +8,7 @@ from trainer.metrics.charts import (
     MAX_POINTS,
     Axis,
     Curve,
+    Mark,
     draw_calibration,
     draw_chart,
     draw_histogram,
@@ -42,6 +43,14 @@ def test_svg_is_well_formed_and_takes_the_pages_colours(axis: Axis) -> None:
     assert root.tag.endswith("svg")
     assert "var(--curve-0)" in svg and "var(--curve-7)" in svg and "#0102" not in svg
     assert "stroke-dasharray" in svg  # more curves than colours
+
+
+def test_a_mark_is_a_line_of_its_colour_and_moves_no_axis() -> None:
+    curves = [Curve([0, 10], [2.0, 1.0])]
+    plain, marked = (draw_chart("loss", curves, marks=m) for m in ([], [Mark(4, 5), Mark(7, 5)]))
+    assert "--curve-5" not in plain and marked.count("--curve-5") == 2
+    ticks = [svg.split('id="matplotlib.axis_2')[0].count("<text") for svg in (plain, marked)]
+    assert ticks[0] == ticks[1]
 
 
 def test_ticks_read_as_people_write_them() -> None:
