@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.engine.manifest import MANIFEST_NAME, hash_file
+from trainer.disk import hash_file
+from trainer.engine.manifest import MANIFEST_NAME
 from trainer.lives import utc_now
 from trainer.metrics.journal import read_lines
 

@@ -17,6 +17,7 @@ import yaml
 
 from launch.snapshot import hash_code
 from trainer.config import RunConfig, build
+from trainer.disk import sync_path, unique_suffix, write_synced
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.lives import append_line, newest_step, read_lives, slurm_life, utc_now
 
@@ -71,9 +72,9 @@ def claim(
     refuse_other_run(run_dir, config, asked, complete_stage)
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{unique_suffix()}")
         try:
-            _write_durably(temporary, freeze(config))
+            write_synced(temporary, freeze(config).encode())
             os.link(temporary, path)  # fails if another life, or another job just now, was first
             return {}
         except FileExistsError:
@@ -83,7 +84,7 @@ def claim(
             return changes
         finally:
             temporary.unlink(missing_ok=True)
-            _sync_folder(run_dir)
+            sync_path(run_dir)
 
 
 def refuse_other_run(
@@ -239,22 +240,6 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def matches(key: str, patterns: tuple[str, ...]) -> bool:
     """Say whether a dotted key is one of ``patterns``, in which ``*`` stands for anything."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

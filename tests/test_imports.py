@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
         "trainer.errors",
         "trainer.config",
         "trainer.deadline",
+        "trainer.disk",
         "trainer.faults",
         "trainer.heartbeat",
         "trainer.lease",
@@ -66,6 +67,7 @@ ONLY_LIBRARIES: dict[str, set[str]] = {
     "trainer.plan": set(),
     # What login nodes and the end of a job read.
     "trainer.deadline": set(),
+    "trainer.disk": set(),
     "trainer.faults": set(),
     "trainer.heartbeat": set(),
     "trainer.lease": set(),

@@ -26,7 +26,8 @@ from trainer.data.batches.collate import Batch, Row, batch_width, collate, split
 from trainer.data.batches.mismatched import MismatchedAnswers
 from trainer.data.batches.pairs import read_pairs
 from trainer.data.prepared.store import MANIFEST, SourceStore
-from trainer.data.storage import atomic_file, naming_the_disk, sha256_of, write_atomically
+from trainer.data.storage import atomic_file, naming_the_disk, write_atomically
+from trainer.disk import hash_file
 from trainer.engine.collectives import any_over_ranks, barrier, max_over_ranks
 from trainer.errors import DataError
 from trainer.sequence_logps import TokenLogps, sum_over_sequences
@@ -140,7 +141,7 @@ class ReferenceCache:
                 f"model: {', '.join(changed)} differ from this run's; {remedy}"
             )
         path = self.folder / LOGPS
-        if not path.exists() or sha256_of(path) != manifest["sha256"]:
+        if not path.exists() or hash_file(path) != manifest["sha256"]:
             raise DataError(f"{path} is damaged: its SHA-256 is not its manifest's; {remedy}")
         table: NDArray[np.float32] = np.load(path, mmap_mode="r")
         return table
@@ -217,7 +218,7 @@ class ReferenceCache:
             table[np.concatenate(rows)] = np.load(self._part(number))
         with atomic_file(self.folder / LOGPS) as file:
             np.save(file, table)
-        manifest = {"identity": self.identity, "sha256": sha256_of(self.folder / LOGPS)}
+        manifest = {"identity": self.identity, "sha256": hash_file(self.folder / LOGPS)}
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
         write_atomically(self.folder / MANIFEST, text.encode())
         shutil.rmtree(self.folder / "parts", ignore_errors=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from launch.exports import read_exports
 from launch.verification.check import Check, ok, problem, unchecked
-from trainer.engine.manifest import MANIFEST_NAME, file_problem, hash_file
+from trainer.disk import hash_file
+from trainer.engine.manifest import MANIFEST_NAME, file_problem
 from trainer.errors import KuroshioError
 from trainer.lives import CHECKPOINTS_NAME
 

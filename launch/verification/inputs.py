@@ -8,7 +8,8 @@ from typing import Any
 
 from launch.snapshot import hash_code
 from launch.verification.check import Check, ok, problem, unchecked
-from trainer.engine.manifest import hash_file, list_steps, read_manifest
+from trainer.disk import hash_file
+from trainer.engine.manifest import list_steps, read_manifest
 from trainer.errors import CheckpointError, KuroshioError
 from trainer.lives import CHECKPOINTS_NAME, read_lives
 

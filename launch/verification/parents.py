@@ -9,7 +9,7 @@ from typing import Any
 from launch.graph import lineage
 from launch.monitor.sources import is_run
 from launch.verification.check import Check, ok, problem, unchecked
-from trainer.engine.manifest import hash_file
+from trainer.disk import hash_file
 from trainer.errors import KuroshioError
 
 TOPIC, OUTPUTS = "parents", "manifest.json"

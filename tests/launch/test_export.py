@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import export
 from trainer.config import DataConfig
-from trainer.engine.committed import hash_file, list_steps
+from trainer.disk import hash_file
+from trainer.engine.committed import list_steps
 from trainer.errors import CheckpointError, ConfigError
 from trainer.inference.run_model import find_run_checkpoint, load_run
 

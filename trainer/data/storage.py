@@ -1,55 +1,23 @@
-"""Writing files so that each is either whole or not there."""
+"""Writing files of the store so that each is either whole or not there."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
-import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
-from trainer.errors import StorageError
+from trainer import disk
 
-FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
-FULL |= {errno.EFBIG: "the file is larger than allowed here (ulimit -f)"}
-CLOSED = {errno.EACCES: "no permission to write", errno.EROFS: "the file system is read-only"}
-CLOSED |= {errno.ENOTDIR: "a part of this path is a file, not a folder"}
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+REMEDY = (
+    "What was finished before is kept: make room (or change data.store_dir) and start the same "
+    "command again"
+)
 
 
-def unique_suffix() -> str:
-    """Name this process among all that may share a file system."""
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-@contextmanager
-def naming_the_disk(path: Path) -> Iterator[None]:
+def naming_the_disk(path: Path) -> AbstractContextManager[None]:
     """Turn errors of a full or closed disk into a StorageError that names path and free space."""
-    try:
-        yield
-    except OSError as error:
-        reason = (FULL | CLOSED).get(error.errno or 0)
-        if reason is None:
-            raise
-        existing = next(folder for folder in (path, *path.parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
-        raise StorageError(
-            f"cannot write {path}: {reason}; {free} bytes ({free / 1e9:.2f} GB) are free there. "
-            "What was finished before is kept: make room (or change data.store_dir) and start the "
-            "same command again"
-        ) from error
+    return disk.naming_the_disk(path, REMEDY)
 
 
 @contextmanager
@@ -59,17 +27,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         StorageError: the disk is full or closed; nothing is left behind.
     """
-    aside = path.with_name(f".{path.name}.{unique_suffix()}")
-    with naming_the_disk(path):
-        try:
-            with aside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+    with naming_the_disk(path), disk.whole_file(path) as file:
+        yield file
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -82,12 +41,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(content)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.disk import nearest_existing, sync_path
 from trainer.engine import collectives
 from trainer.engine.committed import Checkpoint, Reader
 from trainer.engine.fragments import get_adam_step, set_adam_step
 from trainer.engine.manifest import FORMAT, MANIFEST_NAME
 from trainer.engine.precision import load_scaler_state, scaler_state
-from trainer.engine.shard_file import sync_folder, write_json
+from trainer.engine.shard_file import write_json
 from trainer.errors import CheckpointError, LeaseError, StorageError
 from trainer.faults import reach
 from trainer.lease import Lease
@@ -173,14 +174,14 @@ def _commit(aside: Path, final: Path, manifest: dict[str, Any], lease: Lease | N
     write_json(aside / MANIFEST_NAME, manifest)
     for extra in (*aside.glob("rank_*.json"), aside / BEGUN_NAME):
         extra.unlink(missing_ok=True)
-    sync_folder(aside)
+    sync_path(aside)
     old = final.with_name(f".{final.name}.old")
     if lease:
         lease.check()
     if final.exists():  # the same step saved again: there is one of the two at every moment
         final.rename(old)
     aside.rename(final)
-    sync_folder(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -216,10 +217,7 @@ def storage_message(folder: Path, failure: Exception | None) -> str:
     """Return what a user reads of a checkpoint that could not be written."""
     if failure is None:
         return f"checkpoint in {folder} was not saved: another rank could not write its part"
-    where = Path(getattr(failure, "filename", None) or folder)
-    while not where.exists():
-        where = where.parent
-    room = os.statvfs(where)
+    room = os.statvfs(nearest_existing(Path(getattr(failure, "filename", None) or folder)))
     full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
     cause = "disk full or quota reached" if full else type(failure).__name__
     inodes = f", {room.f_favail} files" if room.f_files else ""

@@ -22,14 +22,13 @@ from trainer.engine import collectives
 from trainer.engine.manifest import (
     FORMAT,
     file_problem,
-    hash_file,
     list_steps,
     list_strangers,
     read_manifest,
 )
 from trainer.errors import CheckpointError
 
-__all__ = ["FORMAT", "hash_file", "list_steps"]
+__all__ = ["FORMAT", "list_steps"]
 LOG = logging.getLogger(__name__)
 SAVED_DTYPE = torch.float32  # of everything in a checkpoint
 

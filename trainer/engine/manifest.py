@@ -6,17 +6,16 @@ node.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.disk import hash_file
 from trainer.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
-BLOCK_BYTES = 8 << 20
 KEYS: dict[str, type] = {"step": int, "state": dict, "parameters": dict, "files": dict}
 
 
@@ -102,14 +101,3 @@ def file_problem(
     except OSError as error:
         return f"is unreadable ({error})"
     return ""
-
-
-def hash_file(path: Path, count: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file; ``count`` is told the bytes read."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-            if count:
-                count(size)
-    return digest.hexdigest()

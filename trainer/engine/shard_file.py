@@ -170,12 +170,3 @@ def write_json(path: Path, data: Any, *, sync: bool = True) -> None:
     text = json.dumps(data, ensure_ascii=False, indent=1)
     write_blocks(aside, [memoryview(text.encode())], sync=sync)
     aside.rename(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.disk import write_synced
 from trainer.errors import StorageError
 from trainer.lease import Lease
 
@@ -80,10 +81,7 @@ def _replace(path: Path, data: bytes) -> None:
     """Write ``data`` aside, flush it to the disk, and put it in the place of ``path``."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(aside, data)
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from trainer.errors import ConfigError, StorageError
+from trainer.disk import naming_the_disk, sync_path
+from trainer.errors import ConfigError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+REMEDY = "Free some space or choose a run_dir elsewhere; nothing was left behind"
 
 
 @contextmanager
@@ -32,40 +30,17 @@ def written_aside(out_folder: Path) -> Iterator[Path]:
             aside.mkdir(parents=True)
             yield aside
             for path in aside.iterdir():
-                _fsync(path)
+                sync_path(path)
             aside.rename(out_folder)
-            _fsync(out_folder.parent)
+            sync_path(out_folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-@contextmanager
-def naming_full_disk(target: Path) -> Iterator[None]:
+def naming_full_disk(target: Path) -> AbstractContextManager[None]:
     """Turn the system's errors of storage into ours.
 
     Raises:
         StorageError: disk full, quota reached, or not writable.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM + NOT_WRITABLE:
-            raise
-        free = shutil.disk_usage(_existing(target)).free
-        raise StorageError(
-            f"{target} could not be written: {error.strerror} ({free:,} bytes free there); "
-            "free some space or choose a run_dir elsewhere; nothing was left behind"
-        ) from error
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest parent that exists."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return naming_the_disk(target, REMEDY)

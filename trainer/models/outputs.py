@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer.disk import hash_file, write_synced
 from trainer.errors import ConfigError
 
 MANIFEST_NAME = "manifest.json"
@@ -78,7 +77,7 @@ class Outputs:
         files = {
             path.relative_to(self.run_dir).as_posix(): {
                 "num_bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": hash_file(path),
             }
             for path in paths
         }
@@ -108,16 +107,5 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(aside, text.encode())
     aside.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -32,7 +32,8 @@ from launch.verification.replay import (
 from launch.verification.replay_plan import choose_middle, choose_spans, plan_replay, settle_ranks
 from launch.verification.sameness import compare_spans, compare_weights, describe_difference
 from trainer.config import load_config
-from trainer.engine.manifest import FORMAT, hash_file
+from trainer.disk import hash_file
+from trainer.engine.manifest import FORMAT
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]

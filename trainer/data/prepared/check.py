@@ -34,7 +34,8 @@ from trainer.data.prepared.summary import content_remarks, left_out, source_tabl
 from trainer.data.reading.files import list_files
 from trainer.data.reading.raw import RowError
 from trainer.data.reading.records import parse_record
-from trainer.data.storage import naming_the_disk, unique_suffix
+from trainer.data.storage import naming_the_disk
+from trainer.disk import unique_suffix
 from trainer.errors import DataError
 
 BAR_WIDTH = 40

@@ -13,7 +13,8 @@ import numpy as np
 from trainer.data.prepared.store import CONTENT_ARRAYS, DOCUMENT_ARRAYS
 from trainer.data.reading.records import Reject, RejectLog
 from trainer.data.reading.remarks import Remarks
-from trainer.data.storage import atomic_file, unique_suffix
+from trainer.data.storage import atomic_file
+from trainer.disk import unique_suffix
 
 WEIGHTS = np.dtype("<f4")
 # One entry an accepted row: its tokens before any were cut, and a hash of all of it.

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from trainer import disk
 from trainer.config import SourceConfig
 from trainer.data.chats.layout_search import find_layout
 from trainer.data.chats.layouts import Content, Layout
 from trainer.data.reading.files import detect_format, list_files, naming_the_file
-from trainer.data.storage import sha256_of, write_atomically
+from trainer.data.storage import write_atomically
 
 # Raise when readers or encoder change what they make of the same bytes.
 PREPARATION = "kuroshio-prepare-2"
@@ -127,7 +128,7 @@ def hash_file(path: Path, cache_folder: Path) -> str:
     if known is not None:
         return known
     with naming_the_file(path):
-        found = sha256_of(path)
+        found = disk.hash_file(path)
     write_atomically(cached, json.dumps({"seen": seen, "sha256": found}).encode())
     return found
 

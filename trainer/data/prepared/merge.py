@@ -23,7 +23,8 @@ from trainer.data.prepared.shards import num_chunks, shard_path
 from trainer.data.prepared.store import CONTENT_ARRAYS, DOCUMENT_ARRAYS, MANIFEST, STORE_FORMAT
 from trainer.data.reading.records import Reject, RejectLog
 from trainer.data.reading.remarks import Remarks
-from trainer.data.storage import atomic_file, naming_the_disk, sync_folder, unique_suffix
+from trainer.data.storage import atomic_file, naming_the_disk
+from trainer.disk import sync_path, unique_suffix
 from trainer.errors import DataError
 
 REJECTED = "rejected.jsonl"
@@ -49,9 +50,9 @@ def commit_source(plan: SourcePlan, spec: EncoderSpec, max_bad_row_share: float)
         with naming_the_disk(aside):
             aside.mkdir()
             _join(plan, spec, max_bad_row_share, aside)
-            sync_folder(aside)
+            sync_path(aside)
             aside.rename(plan.folder)
-            sync_folder(plan.folder.parent)
+            sync_path(plan.folder.parent)
     except OSError:
         # Renaming onto a folder with files in it fails, and so does any step after another job's
         # clean-up: both mean that the source is there.

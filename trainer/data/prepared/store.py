@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.storage import sha256_of
+from trainer.disk import hash_file
 from trainer.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -250,7 +250,7 @@ def verify(folder: Path) -> None:
         path = folder / f"{array}.npy"
         if not path.is_file():
             raise DataError(f"{path} is missing; delete {folder} and run `kuroshio prepare` again")
-        found = sha256_of(path)
+        found = hash_file(path)
         if found != entry["sha256"]:
             raise DataError(
                 f"{path} is damaged: SHA-256 {found[:12]}…, its manifest says "
