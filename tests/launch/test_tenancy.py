@@ -37,6 +37,8 @@ def never(job: str) -> str | None:
     [
         ({"has_ended": True}, ("18", 0), "never", ""),
         ({}, ("17", 2), "never", ""),  # requeued: the life before was ended or given up
+        ({}, ("17", 1, 1), "never", ""),  # started again in its job: srun has ended them
+        ({"attempt": 1, "process": ALIVE}, ("17", 1, 0), "never", "its process PID runs"),
         ({}, ("18", 0), "RUNNING", "its Slurm job is RUNNING"),
         ({}, ("18", 0), "PENDING", ""),  # between two of its lives
         ({}, ("18", 0), "", ""),  # Slurm has forgotten it: what is left of it is fenced off
@@ -55,7 +57,7 @@ def test_what_shows_that_a_life_goes_on(
     changes: dict, own: tuple, state: str | None, expected: str
 ) -> None:
     holder = dataclasses.replace(HOLDER, **changes)
-    life = dict(zip(("job", "restart"), own, strict=True))
+    life = dict(zip(("job", "restart", "attempt"), own, strict=False))
     ask = never if state == "never" else lambda job: state
     assert life_sign(holder, life, NOW, ask) == expected.replace("PID", str(os.getpid()))
 

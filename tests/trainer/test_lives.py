@@ -13,14 +13,18 @@ def test_an_end_and_a_decision_find_their_life(tmp_path: Path) -> None:
         {"ended": "b", "token": 1, "job": "7", "restart": 0, "exit_code": 69},
         {"decided": "c", "job": "7", "restart": 0, "decision": "requeue"},
         {"started": "d", "token": 2, "job": "7", "restart": 1},
-        {"started": "e", "token": 3, "job": None, "restart": 0},
-        {"ended": "f", "token": 3, "job": None, "restart": 0, "exit_code": 0},
+        {"decided": "e", "job": "7", "restart": 1, "attempt": 0, "decision": "restart"},
+        {"started": "f", "token": 3, "job": "7", "restart": 1, "attempt": 1},
+        {"decided": "g", "job": "7", "restart": 1, "attempt": 1, "decision": "done"},
+        {"started": "h", "token": 4, "job": None, "restart": 0},
+        {"ended": "i", "token": 4, "job": None, "restart": 0, "exit_code": 0},
     ]
     for line in lines:
         append_line(tmp_path, line)
-    first, second, third = read_lives(tmp_path)
+    first, second, third, last = read_lives(tmp_path)
     assert (first["exit_code"], first["decision"]) == (69, "requeue")
-    assert "ended" not in second and third["exit_code"] == 0
+    assert (second["decision"], third["decision"]) == ("restart", "done")
+    assert "ended" not in second and last["exit_code"] == 0
 
 
 def test_a_life_that_never_began_and_a_torn_line(tmp_path: Path) -> None:

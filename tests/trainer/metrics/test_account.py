@@ -27,7 +27,8 @@ def run_of_two_lives(tmp_path: Path, **cluster: object) -> RunFolder:
     run.submitted("7", "9", plan={"gpu_hours": 9.5}).train(120, 10).save(100, 60)
     run.life(9000, job="7", first_step=0, restart=1)
     run.end(5400, 75, step=100, reason="stopped by USR1", decision="requeue")
-    return run.life(3600, token=2, job="9", first_step=100, changes={"engine.zero_stage": [2, 3]})
+    return run.life(3600, token=2, job="9", attempt=1, first_step=100,
+                    changes={"engine.zero_stage": [2, 3]})  # fmt: skip
 
 
 def test_jobs_hours_and_cost(tmp_path: Path) -> None:
@@ -61,8 +62,8 @@ def test_lives(tmp_path: Path) -> None:
     assert (cells["job"], cells["ranks"], cells["steps"]) == ("7 (restart 1)", 4, "0 → 100")
     assert (cells["lasted"], cells["ended"]) == ("1:00:00", "stopped by USR1")
     cells = dict(zip(LIFE_COLUMNS, second, strict=True))
-    assert (cells["lasted"], cells["ended"], cells["changes"]) == (
-        None, None, "engine.zero_stage: 2 → 3",
+    assert (cells["job"], cells["lasted"], cells["ended"], cells["changes"]) == (
+        "9 (attempt 1)", None, None, "engine.zero_stage: 2 → 3",
     )  # fmt: skip
 
 
