@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -221,6 +221,22 @@ def vary_preferences(preference_config: dict[str, Any]) -> Callable[..., dict[st
 def vary_dpo(dpo_config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """Return a function that copies the config of stage dpo with dotted keys changed."""
     return varying(dpo_config)
+
+
+def write_mixture(
+    values: dict[str, Any], folder: Path, parts: Mapping[str, tuple[list[str], float]]
+) -> None:
+    """Give a config weighted sources of these lines in the place of its own, and prepare them."""
+    from trainer.config import load_config
+    from trainer.data.prepared.prepare import ensure_prepared
+
+    values["data"] |= {"sources": {}, "store_dir": str(folder / "store")}
+    for name, (lines, weight) in parts.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        values["data"]["sources"][name] = {"paths": [str(path)], "weight": weight}
+    config = load_config(values)
+    ensure_prepared(config.data, str(config.tokenizer.path))
 
 
 def varying(base: dict[str, Any]) -> Callable[..., dict[str, Any]]:

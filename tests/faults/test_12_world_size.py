@@ -14,11 +14,8 @@ from typing import Any
 
 import pytest
 from life_schedules import make_life, read_rows
-from training_fixtures import varying
+from training_fixtures import varying, write_mixture
 from training_support import ROOT, largest_difference, read_masters, run_chains
-
-from trainer.config import load_config
-from trainer.data.prepared.prepare import ensure_prepared
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(row=12), pytest.mark.faults(row=14)]
 
@@ -57,13 +54,7 @@ def split_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[st
         folder, values = tmp_path_factory.mktemp("mixture"), copy.deepcopy(base) | changes
         [path] = [p for source in values["data"]["sources"].values() for p in source["paths"]]
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        values["data"] |= {"sources": {}, "store_dir": str(folder / "store")}
-        for name, own, weight in (("few", lines[:12], 3.0), ("many", lines[12:90], 1.0)):
-            file = folder / f"{name}.jsonl"
-            file.write_text("\n".join(own), encoding="utf-8")
-            values["data"]["sources"][name] = {"paths": [str(file)], "weight": weight}
-        config = load_config(values)
-        ensure_prepared(config.data, str(config.tokenizer.path))
+        write_mixture(values, folder, {"few": (lines[:12], 3.0), "many": (lines[12:90], 1.0)})
         return varying(values)
 
     return split

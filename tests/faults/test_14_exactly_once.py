@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from life_schedules import LifePlan, Rows, describe, draw_schedule, make_life, read_rows
-from training_fixtures import varying
+from training_fixtures import varying, write_mixture
 from training_support import ROOT, read_losses, run_chains
 
 from trainer.config import load_config
 from trainer.data.batches.loader import make_mixture, make_rows
-from trainer.data.prepared.prepare import ensure_prepared, open_store
+from trainer.data.prepared.prepare import open_store
 
 MAX_STEPS, ROWS_PER_STEP = 8, 8
 SCHEDULES = [draw_schedule(Random(seed), MAX_STEPS, ROWS_PER_STEP) for seed in range(20)]
@@ -28,13 +28,8 @@ def vary_mixture(base_config: dict[str, Any], tmp_path: Path) -> Vary:
     """Return varied configs on a mixture of two sources, the smaller read several times."""
     lines = (ROOT / "samples/en.jsonl").read_text(encoding="utf-8").splitlines()
     values = copy.deepcopy(base_config)
-    values["data"] |= {"sources": {}, "store_dir": str(tmp_path / "store"), "holdout_share": 0.0}
-    for name, own, weight in (("few", lines[:5], 3.0), ("many", lines[5:60], 2.0)):
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("\n".join(own), encoding="utf-8")
-        values["data"]["sources"][name] = {"paths": [str(path)], "weight": weight}
-    config = load_config(values)
-    ensure_prepared(config.data, str(config.tokenizer.path))
+    values["data"] |= {"holdout_share": 0.0}
+    write_mixture(values, tmp_path, {"few": (lines[:5], 3.0), "many": (lines[5:60], 2.0)})
     return varying(values)
 
 
