@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from trainer import heartbeat
 from trainer.config import LoopConfig
 from trainer.engine import checkpoint
 from trainer.engine.checkpoint import Draft
@@ -19,6 +20,7 @@ from trainer.engine.rotation import rotate
 from trainer.faults import reach
 
 POLL_S = 0.05  # between looks for the other ranks' files
+GROWTH_S = 0.5  # between looks whether this rank's file has grown
 LEAVE_S = 10.0  # that a life which fails still waits for them
 
 
@@ -107,16 +109,29 @@ class PendingSave:
     def leave(self) -> None:
         """Let a life that ends with an error commit this save, if that can be; or delete it.
 
-        What is left aside would take space that the next life needs before it can clear it.
+        What is left aside would take space that the next life needs before it can clear it. A beat
+        tells the watchdogs of all ranks each time that the file has grown: else they would end this
+        rank as a hung one, before it has said what its error was.
         """
         self._patience.set()
-        if self._thread is not None:
-            self._thread.join()
+        with heartbeat.phase("leave"):
+            size = 0
+            while not self.is_done:
+                self._join(GROWTH_S)
+                if size < (size := self._written_bytes()):
+                    heartbeat.beat()
         if self.draft.rank == 0 or self.failure is not None:
             shutil.rmtree(self.draft.aside, ignore_errors=True)
 
-    def _join(self) -> None:
+    def _written_bytes(self) -> int:
+        """Return the length of this rank's file; 0 before it is there, or when it was committed."""
+        try:
+            return self.draft.shard.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _join(self, limit_s: float | None = None) -> None:
         if self._thread is None:
             self.commit()
         else:
-            self._thread.join()
+            self._thread.join(limit_s)
