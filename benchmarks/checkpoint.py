@@ -15,7 +15,7 @@ torch_save    ``torch.save`` of the tensors that a checkpoint holds, likewise
 
 stall_s    training stands still; first_stall_s of the first save, which takes the memory
 durable_s  until it is committed and synced; for the last two until their files are synced as well
-restore_s  finding, verifying and loading it
+restore_s  finding, verifying and loading it, from the disk: its files are dropped from memory
 step_s     an optimizer step while nothing is saved, and while the save goes on
 
 The median of the repeats counts, of the slowest rank. Prints a table, then one line of JSON.
@@ -28,7 +28,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,18 +40,12 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.inputs.run_inputs import (  # noqa: E402
-    ARCHITECTURE,
-    NUM_ROWS,
-    find_tokenizer,
-    overrides,
-    place_of_ranks,
-)
+from benchmarks.inputs.ranks import compose_case, report, run_ranks, start_rank  # noqa: E402
+from benchmarks.inputs.run_inputs import ARCHITECTURE, NUM_ROWS, find_tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine
 
-RESULT = "result "  # begins the line in which rank 0 reports
 SEQ = 256  # tokens of the step between two saves
 
 
@@ -80,40 +73,15 @@ def main() -> None:
 
 def measure_case(engine: str, peft: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the ranks of one engine; print its lines of the table and return its figures."""
-    from launch.compose import compose_values
-
-    tokenizer = str(find_tokenizer(None, folder))
-    values = compose_values(
-        [
-            *overrides(Path(tokenizer), folder),
-            f"engine={engine}",
-            f"engine.precision={args.precision}",
-            f"peft={peft}",
-            f"data.max_length={SEQ}",
-            f"loop.global_batch_tokens={SEQ * args.ranks}",
-            f"run_dir='{folder / 'run'}'",
-        ]
-    )
+    tokenizer = find_tokenizer(None, folder)
+    num_tokens = SEQ * args.ranks
+    extra = [f"peft={peft}", f"data.max_length={SEQ}", f"loop.global_batch_tokens={num_tokens}"]
+    values = compose_case(engine, args.precision, tokenizer, folder, extra)
     values["model"] |= {"path": str(make_base(folder)), "architecture": None}
-    case = {"repeats": args.repeats, "values": values, "tokenizer": tokenizer}
+    case = {"repeats": args.repeats, "values": values, "tokenizer": str(tokenizer)}
     case |= {"folder": str(folder), "staging": str(args.staging)}
-    command = [sys.executable, __file__, "--rank", json.dumps(case)]
-    environ = os.environ | place_of_ranks(args.ranks)
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(args.ranks)
-    ]
-    outputs = [process.communicate()[0] for process in ranks]
-    if any(process.returncode for process in ranks):
-        raise SystemExit(f"{engine}, peft={peft}: a rank failed")
-    line = next(line for line in outputs[0].splitlines() if line.startswith(RESULT))
     result: dict[str, Any] = {"engine": engine, "peft": peft, "ranks": args.ranks}
-    result |= json.loads(line.removeprefix(RESULT))
+    result |= run_ranks(__file__, args.ranks, case, f"{engine}, peft={peft}")
     show(result)
     return result
 
@@ -156,36 +124,21 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def run_rank(case: dict[str, Any]) -> None:
     """Measure all ways as one rank; rank 0 prints what it took."""
-    from launch.__main__ import leave
-    from tokenizer.load import load_tokenizer
-    from trainer.config import load_config
     from trainer.engine.collectives import barrier, gather_figures
-    from trainer.engine.engine import init_distributed
-    from trainer.policy import build_policy
-    from trainer.stage import Context
 
-    config = load_config(case["values"])
-    places = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    rank, world_size, local_rank = places
-    init_distributed(local_rank, config.cluster.timeout_s)
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    context = Context(config, Path(config.run_dir), rank, world_size, local_rank)
-    engine, _ = build_policy(context, load_tokenizer(case["tokenizer"]))
+    engine, _ = start_rank(case["values"], case["tokenizer"])
     measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     ways = make_ways(engine, Path(case["folder"]), case["staging"])
     for _ in range(case["repeats"]):
         for name, way in ways.items():
             idle = train_step(engine)
-            if rank == 0:
+            if engine.rank == 0:
                 os.sync()
             barrier()
             for key, value in {"idle_step_s": idle, **way()}.items():
                 measured[name][key].append(max(gather_figures([value]))[0])
     summary = {name: summarise(figures) for name, figures in measured.items()}
-    if rank == 0:
-        print(RESULT + json.dumps({"precision": engine.precision, "ways": summary}), flush=True)
-    barrier()
-    leave(0)
+    report(engine.rank, {"precision": engine.precision, "ways": summary})
 
 
 def summarise(figures: dict[str, list[float]]) -> dict[str, float]:
@@ -313,12 +266,22 @@ def restored(load: Callable[[], object], place: Path) -> dict[str, float]:
     from trainer.engine.collectives import barrier
 
     barrier()
+    files = [path for path in place.rglob("*") if path.is_file()]
+    for path in files:
+        drop_cached(path)
+    barrier()
     start = time.perf_counter()
     load()
     barrier()
     seconds = time.perf_counter() - start
-    files = [path for path in place.rglob("*") if path.is_file()]
     return {"restore_s": seconds, "gigabytes": sum(p.stat().st_size for p in files) / 1e9}
+
+
+def drop_cached(path: Path) -> None:
+    """Let a file be read from its disk, as in a job that starts elsewhere or much later."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_files(folder: Path) -> None:

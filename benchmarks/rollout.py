@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,12 +30,11 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.inputs.run_inputs import find_tokenizer, overrides, place_of_ranks  # noqa: E402
+from benchmarks.inputs.ranks import compose_case, report, run_ranks, start_rank  # noqa: E402
+from benchmarks.inputs.run_inputs import find_tokenizer  # noqa: E402
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine
-
-RESULT = "result "  # begins the line in which rank 0 reports
 
 
 def main() -> None:
@@ -66,36 +63,12 @@ def measure_case(
     engine: str, num_ranks: int, args: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     """Run the ranks of one engine; print its lines of the table and return its figures."""
-    from launch.compose import compose_values
-
-    tokenizer = str(find_tokenizer(None, folder))
-    values = compose_values(
-        [
-            *overrides(Path(tokenizer), folder),
-            f"engine={engine}",
-            f"engine.precision={args.precision}",
-            f"run_dir='{folder / 'run'}'",
-        ]
-    )
+    tokenizer = find_tokenizer(None, folder)
     case = {key: vars(args)[key] for key in ("prompts", "tokens", "repeats")}
-    case |= {"values": values, "tokenizer": tokenizer}
-    command = [sys.executable, __file__, "--rank", json.dumps(case)]
-    environ = os.environ | place_of_ranks(num_ranks)
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    outputs = [process.communicate()[0] for process in ranks]
-    if any(process.returncode for process in ranks):
-        raise SystemExit(f"{engine} on {num_ranks} ranks failed")
-    line = next(line for line in outputs[0].splitlines() if line.startswith(RESULT))
+    case |= {"values": compose_case(engine, args.precision, tokenizer, folder)}
+    case |= {"tokenizer": str(tokenizer)}
     result: dict[str, Any] = {"engine": engine, "ranks": num_ranks}
-    result |= json.loads(line.removeprefix(RESULT))
+    result |= run_ranks(__file__, num_ranks, case, f"{engine} on {num_ranks} ranks")
     show(result)
     return result
 
@@ -118,20 +91,7 @@ def run_rank(case: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from launch.__main__ import leave
-    from tokenizer.load import load_tokenizer
-    from trainer.config import load_config
-    from trainer.engine.engine import init_distributed
-    from trainer.policy import build_policy
-    from trainer.stage import Context
-
-    config = load_config(case["values"])
-    places = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    rank, world_size, local_rank = places
-    device = init_distributed(local_rank, config.cluster.timeout_s)
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    context = Context(config, Path(config.run_dir), rank, world_size, local_rank)
-    engine, _ = build_policy(context, load_tokenizer(case["tokenizer"]))
+    engine, device = start_rank(case["values"], case["tokenizer"])
     best: dict[str, dict[str, float]] = {}
     for _ in range(case["repeats"]):
         for name, way in make_ways(engine, case).items():
@@ -143,10 +103,7 @@ def run_rank(case: dict[str, Any]) -> None:
             took = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
             old = best.get(name, took)
             best[name] = {key: min(old[key], took[key]) for key in took}
-    if rank == 0:
-        print(RESULT + json.dumps({"precision": engine.precision, "ways": best}), flush=True)
-    dist.barrier()
-    leave(0)
+    report(engine.rank, {"precision": engine.precision, "ways": best})
 
 
 def make_ways(engine: Engine, case: dict[str, Any]) -> dict[str, Callable[[], None]]:
