@@ -18,6 +18,9 @@ from trainer.errors import ConfigError
 
 VARIABLE = "KUROSHIO_FAULT"
 KINDS = ("kill", "stop", "hang", "slow", "raise", "poison")
+ERRORS: dict[str, type[Exception]] = {"RuntimeError": RuntimeError} | {
+    name: found for name, found in vars(errors).items() if isinstance(found, type)
+}
 
 
 @dataclass
@@ -67,14 +70,16 @@ def parse_faults(text: str) -> list[Fault]:
         kind, _, point = head.partition("@")
         facts = dict(word.partition("=")[::2] for word in words)
         seconds = facts.pop("seconds", "1")
+        error = facts.pop("error", "RuntimeError")
         is_number = seconds.replace(".", "", 1).isdigit()
-        if kind not in KINDS or not point or not all(facts.values()) or not is_number:
+        is_whole = kind in KINDS and point and all(facts.values()) and is_number
+        if not is_whole or error not in ERRORS:
             raise ConfigError(
                 f"{VARIABLE}: {part!r} is not KIND@POINT KEY=VALUE…, with a kind of "
-                f"{', '.join(KINDS)}; unset it unless you test what happens"
+                f"{', '.join(KINDS)} and an error of trainer/errors.py; unset it unless you test "
+                "what happens"
             )
         once = facts.pop("once", None)
-        error = facts.pop("error", "RuntimeError")
         claim = Path(once) if once else None
         faults.append(Fault(kind, point, facts, claim, float(seconds), error))
     return faults
@@ -96,7 +101,7 @@ def reach(point: str, **facts: object) -> bool:
     if fault.kind == "poison":
         return True
     if fault.kind == "raise":
-        raise vars(errors).get(fault.error, RuntimeError)(f"{VARIABLE}: {point} {facts}")
+        raise ERRORS[fault.error](f"{VARIABLE}: {point} {facts}")
     if fault.kind == "slow":
         time.sleep(fault.seconds)
         return False

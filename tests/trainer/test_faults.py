@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer import faults
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 
 def test_faults_are_read_with_their_facts() -> None:
@@ -20,7 +20,11 @@ def test_faults_are_read_with_their_facts() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["kill", "explode@step", "kill@step rank", "kill@ rank=1", "slow@step seconds=x"]
+    "text",
+    [
+        *("kill", "explode@step", "kill@step rank", "kill@ rank=1", "slow@step seconds=x"),
+        "raise@step error=NoSuchError",
+    ],
 )
 def test_what_is_no_fault_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="KUROSHIO_FAULT"):
@@ -36,6 +40,12 @@ def test_a_fault_happens_where_its_facts_hold_and_once(
     with pytest.raises(RuntimeError, match="step"):
         faults.reach("step", rank=1, step=4)
     assert faults.reach("loss") and not faults.reach("loss")
+
+
+def test_an_error_of_ours_is_raised_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_FAULTS", faults.parse_faults("raise@data error=DataError"))
+    with pytest.raises(DataError, match="data"):
+        faults.reach("data")
 
 
 def test_a_slow_point_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

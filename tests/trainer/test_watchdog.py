@@ -139,6 +139,7 @@ def test_what_may_take_long_is_waited_for(
     tmp_path: Path,
     ends: list[str],
     caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     heartbeat.start_files(tmp_path, 3, 0)
     heartbeat.beat(phase)
@@ -152,6 +153,7 @@ def test_what_may_take_long_is_waited_for(
         dog._decide(idle_s, others)
         dog._decide(idle_s, others)
         assert caplog.text.count("waiting on") == 1 and "rank 1 " in caplog.text
+        assert capfd.readouterr().err.count("Current thread") == 1  # stacks, once
     assert len(ends) == is_left
 
 
@@ -169,6 +171,25 @@ def test_a_rank_that_was_stopped_with_its_job_is_not_blamed(tmp_path: Path) -> N
     dog = Watchdog(stand(tmp_path), pytest.fail)
     heartbeat._pulse = heartbeat.Pulse("agree", 4, time.monotonic() - 5000)
     assert dog._idle_s() < 60  # it was made just now, as after a SIGCONT
+
+
+def test_a_process_that_was_stopped_counts_from_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Post, "interval_s", 0.01)
+    monkeypatch.setattr(Post, "look_s", 0.1)
+    dog, looks = Watchdog(stand(tmp_path), pytest.fail), threading.Semaphore(0)
+    began = dog._awake_since
+
+    def judge(now: float) -> None:
+        time.sleep(0.3 if dog._awake_since == began else 0)  # as if stopped for so long
+        looks.release()
+
+    monkeypatch.setattr(dog, "_judge", judge)
+    dog.start()
+    assert all(looks.acquire(timeout=20) for _ in range(3))
+    dog.stop()
+    assert dog._awake_since >= began + 0.3
 
 
 def test_a_lost_contact_is_explained_by_who_fell_silent(

@@ -259,6 +259,8 @@ def test_files_of_exports_are_compared(run_dir: Path, tmp_path: Path) -> None:
     assert "exports" not in check(run_dir)
     (out / "sub/code.py").write_text("x = 2\n")
     assert "sub/code.py does not match" in check(run_dir)["exports"][0].what
+    note_export(run_dir, out, run_dir / CHECKPOINT, {"dtype": "fp32", "adapter": True})
+    assert "exports" not in check(run_dir)  # exported again to the same folder: the last one counts
 
 
 def test_other_folders_and_flags_are_refused(tmp_path: Path) -> None:
