@@ -209,7 +209,7 @@ class OurWay:
         saved = self.committed.pop()
         figures = {"stall_s": stall, "durable_s": saved.seconds}
         figures |= {"busy_step_s": statistics.mean(busy)} if busy else {}
-        return figures | restored(self.load, self.place)
+        return figures | restored(self.load, saved.path)
 
     def load(self) -> None:
         """Find, verify and load the newest checkpoint."""
