@@ -32,6 +32,7 @@ PLACE_AFTER_S = 3.0  # without progress, until the place of the main thread is l
 LOOK_SHARE = 0.05  # of the collective timeout, between the two looks of a judgement
 LOOK_S = 30.0  # at most
 MISSED_BEATS = 3  # that show silence
+SUSPECT_BEATS = 1.5  # that show who of the ranks is gone, when it is sure that one is
 LEAVE_BEATS = 3  # for the others to find the verdict and show their stacks
 JOIN_S = 5.0
 
@@ -234,12 +235,17 @@ class Watchdog:
 def explain_loss(post: Post) -> str:
     """Return who is gone when a collective has failed, empty if nobody is silent.
 
-    A rank that left by itself has said why.
+    A rank that left by itself has said why. Several that seem silent are given more time: a file
+    system may show their beats late.
     """
     place = (post.run_dir, post.token, post.world_size)
-    before = heartbeat.read_beats(*place)
-    time.sleep(MISSED_BEATS * post.interval_s)
-    found = heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
+    before, found, waited = heartbeat.read_beats(*place), list[Finding](), 0.0
+    for beats in (SUSPECT_BEATS, MISSED_BEATS):
+        time.sleep((beats - waited) * post.interval_s)
+        waited = beats
+        found = heartbeat.judge(before, heartbeat.read_beats(*place), post.limit_s / 2)
+        if sum(finding.state == "silent" for finding in found) <= 1:
+            break
     findings = [finding for finding in found if finding.state in ("silent", "stuck", "missing")]
     return heartbeat.name_culprits(findings, time.time()) if findings else ""
 

@@ -195,13 +195,38 @@ def test_a_process_that_was_stopped_counts_from_when_it_goes_on(
 def test_a_lost_contact_is_explained_by_who_fell_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "MISSED_BEATS", 0)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     for rank, phase in ((0, LEFT), (1, "step")):
         path = heartbeat.start_files(tmp_path, 3, rank)
         heartbeat.write_beat(path, Beat(rank, "n1", 7, 3, 5, 4, phase, 0, "", False, time.time()))
     assert explain_loss(stand(tmp_path)).startswith("rank 1 on n1 is silent for 0 s (step 4")
     heartbeat.write_beat(path, Beat(1, "n1", 7, 3, 6, 4, LEFT, 0, "", False, time.time()))
     assert explain_loss(stand(tmp_path)) == ""  # it left by itself, and has said why
+    assert slept == [1.5, 1.5]
+
+
+def test_several_silent_ranks_are_looked_at_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one's next beat is late."""
+    paths = [heartbeat.start_files(tmp_path, 3, rank) for rank in (0, 1)]
+
+    def write(rank: int, number: int) -> None:
+        beat = Beat(rank, "n1", 7, 3, number, 4, "step", 0, "", False, time.time())
+        heartbeat.write_beat(paths[rank], beat)
+
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        write(1, 4 + len(slept) // 2)
+
+    write(0, 4)
+    write(1, 4)
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert explain_loss(stand(tmp_path)).startswith("rank 0 on n1 is silent")
+    assert slept == [1.5, 1.5]
 
 
 def test_an_error_does_not_end_the_watch(
