@@ -40,7 +40,7 @@ class FaultRecord:
             self.write()
 
     def write(self) -> None:
-        """Bring what is known into the file: the session may be cut short."""
+        """Bring what is known into the file: the tests may be cut short."""
         known = read_results(self.path) if self.path.exists() else {}
         text = json.dumps(dict(sorted((known | self.results).items())), indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")
