@@ -1,7 +1,7 @@
 """Which tests prove which fault, and what became of them.
 
 A test of row 8 of docs/reliability.md carries ``@pytest.mark.faults(row=8)``, one of two rows two
-marks. ``pytest -m faults --fault-results FILE`` writes what became of each; results of tests that
+marks. ``pytest -m faults --fault-results=FILE`` writes what became of each; results of tests that
 did not run now stay in FILE. ``tests/faults/table.py`` makes the page's table of it.
 """
 

@@ -1,6 +1,6 @@
 """The table of faults in docs/reliability.md, from the results of their tests.
 
-    pytest tests -m faults --fault-results tests/faults/results.json
+    pytest tests -m faults --fault-results=tests/faults/results.json
     python tests/faults/table.py --write docs/reliability.md
 
 ``matrix.yaml`` beside this file says of each fault what it is, how it is injected, what Kuroshio
