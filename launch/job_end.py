@@ -23,6 +23,7 @@ from trainer.errors import EXIT_RESUME, STOP_FILE_CAUSE, CorruptionError
 from trainer.heartbeat import describe_last
 from trainer.lease import read_holder
 from trainer.lives import (
+    STOP_NAME,
     append_line,
     cut_saves,
     life_number,
@@ -56,12 +57,14 @@ class LifeEnd:
         code: of srun.
         exit_code: what a rank recorded, None when no rank could.
         reason: the rank's, empty likewise.
+        cause: why all ranks agreed to stop, empty if they did not.
         was_stopped: whether the user asked for the stop by a file.
         state: of the job in Slurm, None when it cannot be asked.
         num_lives: of this job, this one included.
         num_idle_lives: lives in a row, this one the last, that committed no checkpoint.
         step: of the newest checkpoint.
-        has_time: whether another life in the same job would make steps before its time limit.
+        has_started: whether the script came so far as to start the ranks.
+        has_time: whether the job's time limit is far enough for another life before it.
         max_lives: of the job.
         max_idle_lives: in a row.
     """
@@ -69,11 +72,13 @@ class LifeEnd:
     code: int
     exit_code: int | None
     reason: str
+    cause: str
     was_stopped: bool
     state: str | None
     num_lives: int
     num_idle_lives: int
     step: int
+    has_started: bool
     has_time: bool
     max_lives: int
     max_idle_lives: int
@@ -119,21 +124,24 @@ def decide(end: LifeEnd) -> Decision:
             f"cluster.max_lives={end.max_lives}; the newest checkpoint is of step {end.step}",
         )
     next_life = f"Life {end.num_lives + 1} of at most {end.max_lives} resumes at step {end.step}"
-    if _may_stay(end.code, code) and end.has_time and end.num_idle_lives < 2:
+    if _may_stay(end, code) and end.num_idle_lives < 2:
         # The nodes are still ours: no wait in the queue. Not twice in vain: others may do better.
         return Decision("restart", RESTART_CODE, f"{what} (exit {code}). {next_life}, in this job")
     return Decision("requeue", EXIT_RESUME, f"{what} (exit {code}). {next_life}")
 
 
-def _may_stay(code: int, said: int) -> bool:
-    """Return whether the same nodes may go on: nobody wants them back, none computes wrongly.
+def _may_stay(end: LifeEnd, said: int) -> bool:
+    """Return whether the same nodes may go on: nobody wants them back, and they are fit.
 
     Args:
-        code: of srun. A signal that asked all ranks to leave ends them alike.
-        said: the exit code that a rank recorded. Ranks that srun ends for a killed one may say 75.
+        end: of the life.
+        said: the exit code that counts. Ranks that srun ends for a killed one may say 75, too;
+            a signal that asked all of them to leave ends them alike.
     """
-    was_asked = said == EXIT_RESUME and code in (EXIT_RESUME, 128 + signal.SIGTERM)
-    return not was_asked and said != CorruptionError.exit_code
+    asked = end.code in (EXIT_RESUME, 128 + signal.SIGTERM)
+    was_asked = said == EXIT_RESUME and (asked or bool(end.cause))
+    is_ours = end.state == "RUNNING" and end.has_started and end.has_time
+    return is_ours and not was_asked and said != CorruptionError.exit_code
 
 
 def describe_code(code: int, said: str = "") -> str:
@@ -180,8 +188,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--said", default="")
     parser.add_argument("--max-lives", type=int, required=True)
     parser.add_argument("--max-lives-without-progress", type=int, required=True)
-    # Before the time limit, when the ranks are told to save.
-    parser.add_argument("--signal-s", type=float, required=True)
+    # Before the time limit, when the ranks are told to save. A script that can start the ranks
+    # again gives it; older ones cannot.
+    parser.add_argument("--signal-s", type=float)
+    # The script gave up before them: a node is unfit, or a signal came.
+    parser.add_argument("--not-started", action="store_true")
     # In a container there is no squeue: the script asks it. Empty: it did not answer.
     parser.add_argument("--state")
     # Nor is there scontrol: the script calls it when it sees this code.
@@ -201,8 +212,12 @@ def main(arguments: Sequence[str]) -> int:
             | {"decision_reason": decision.reason},
         )
     print(f"kuroshio: {decision.action}: {decision.reason}", flush=True)
+    if decision.action == "restart":
+        return decision.exit_code  # the script does it
     if decision.action != "requeue":
-        return decision.exit_code  # what comes of "restart" the script does itself
+        # Its own codes are no ranks': a program in Rust exits with 101.
+        is_own = decision.exit_code in (RESTART_CODE, options.requeue_code)
+        return 1 if is_own else decision.exit_code
     return options.requeue_code or _requeue(str(array_task(os.environ)))
 
 
@@ -222,7 +237,8 @@ def _newer_life(run_dir: Path, this: Mapping[str, Any]) -> str:
         return ""
     if life_number(vars(holder)) <= life_number(this):
         return ""
-    return f"life {holder.token} (restart {holder.restart} of the job, on {holder.host})"
+    place = f"restart {holder.restart}, attempt {holder.attempt} of the job, on {holder.host}"
+    return f"life {holder.token} ({place})"
 
 
 def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any]) -> LifeEnd:
@@ -243,21 +259,32 @@ def _gather(run_dir: Path, options: argparse.Namespace, this: Mapping[str, Any])
     # A rank that failed before its life had a token, and rank 0, which srun ended for it, leave a
     # line each.
     final = [life for life in own if life.get("exit_code") in FINAL]
-    last, step = (final or own or [{}])[-1], newest_step(run_dir)
-    starts, limit = first_steps(lives, this), job_time_limit(os.environ)
+    told = [life for life in own if life.get("exit_code") not in (None, EXIT_RESUME)]
+    last, step = (final or told or own or [{}])[-1], newest_step(run_dir)
+    starts, cause = first_steps(lives, this), str(last.get("cause") or "")
     return LifeEnd(
         code=options.code,
         exit_code=last.get("exit_code"),
         reason=str(last.get("reason", "")),
-        was_stopped=last.get("cause") == STOP_FILE_CAUSE,
+        cause=cause,
+        was_stopped=cause == STOP_FILE_CAUSE or ((run_dir / STOP_NAME).exists() and not final),
         state=job_state(this["job"]) if options.state is None else options.state or None,
         num_lives=len(starts),
         num_idle_lives=count_idle_lives(starts, step),
         step=step,
-        has_time=limit is None or limit - time.time() > 2 * options.signal_s,
+        has_started=not options.not_started,
+        has_time=_has_time(options.signal_s),
         max_lives=options.max_lives,
         max_idle_lives=options.max_lives_without_progress,
     )
+
+
+def _has_time(signal_s: float | None) -> bool:
+    """Return whether a life that starts now has more than a signal's time until its signal."""
+    if signal_s is None:
+        return False
+    limit = job_time_limit(os.environ)
+    return limit is None or limit - time.time() > 2 * signal_s
 
 
 def _lives_of(run_dir: Path, job: str) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from trainer.config import RunConfig, load_config
 from trainer.deadline import name_ranks
 from trainer.errors import ConfigError
 from trainer.lease import read_holder
-from trainer.lives import CHECKPOINTS_NAME, newest_step, read_lives, slurm_life, utc_now
-from trainer.metrics.run_facts import STOP_NAME, SUBMISSION_NAME
+from trainer.lives import CHECKPOINTS_NAME, STOP_NAME, newest_step, read_lives, slurm_life, utc_now
+from trainer.metrics.run_facts import SUBMISSION_NAME
 
 SCRIPT = "job.sbatch"
 LOGS = "logs"

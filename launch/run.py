@@ -30,8 +30,7 @@ from trainer.config import RunConfig, grad_accum_steps, load_config
 from trainer.errors import EXIT_RESUME, ConfigError, LostRankError, StopRequestedError
 from trainer.heartbeat import describe_rank
 from trainer.lease import Lease
-from trainer.lives import slurm_life
-from trainer.metrics.run_facts import STOP_NAME
+from trainer.lives import STOP_NAME, slurm_life
 from trainer.stage import Context
 from trainer.stages import SINGLE_PROCESS
 from trainer.watchdog import Post, explain_loss, watching

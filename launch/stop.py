@@ -12,8 +12,9 @@ from launch.monitor.sources import Source, find_sources, is_run, job_ids
 from launch.monitor.state import judge
 from launch.slurm_queue import LIVING, job_state
 from trainer.errors import ConfigError, StorageError
+from trainer.lives import STOP_NAME
 from trainer.metrics.console import show_duration
-from trainer.metrics.run_facts import STOP_NAME, RunFacts, figure
+from trainer.metrics.run_facts import RunFacts, figure
 from trainer.stages import SINGLE_PROCESS
 
 

@@ -92,7 +92,7 @@ def _describe(checked: Draft) -> list[str]:
     lines = [
         f"run       {checked.config.name}",
         f"machines  {ranks} of {cluster.site.name}, {place}",
-        f"lives     at most {cluster.max_lives}, of {limit} each",
+        f"lives     at most {cluster.max_lives}, {limit} until each requeue",
         f"folder    {job.folder}",
     ]
     return lines + _planned(checked)

@@ -16,6 +16,7 @@ from typing import Any
 
 LIVES_NAME = "lives.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+STOP_NAME = "stop"  # in the run folder: made by the user, removed by the run that honours it
 ATTEMPT_KEY = "KUROSHIO_ATTEMPT"  # set by the job script
 BEGUN_NAME = "begun.json"  # in the folder of a save under way: which step, since when, why
 Life = dict[str, Any]
@@ -71,7 +72,7 @@ def read_lives(run_dir: Path) -> list[Life]:
         if life is None:
             lives.append(line)
         else:
-            life |= line
+            life |= {key: value for key, value in line.items() if value is not None}
     return lives
 
 

@@ -16,9 +16,10 @@ from trainer.engine.replicas import compare_replicas
 from trainer.engine.saver import Saved, Saver
 from trainer.environment import name_device
 from trainer.errors import RollBackError
+from trainer.lives import STOP_NAME
 from trainer.metrics.sinks import Sinks
 from trainer.roll_back import record_roll_back, redirect
-from trainer.signals import STOP_FILE, StopRequest
+from trainer.signals import StopRequest
 from trainer.stage import Context
 from trainer.train_stage import TrainStage
 
@@ -92,7 +93,7 @@ def stop_request(context: Context) -> StopRequest:
     """Return what may end this rank early; the stop file and the time limit are rank 0's to see."""
     if context.rank != 0:
         return StopRequest()
-    return StopRequest(context.run_dir / STOP_FILE, Deadline(context.time_limit))
+    return StopRequest(context.run_dir / STOP_NAME, Deadline(context.time_limit))
 
 
 def is_evaluated(last: Checkpoint | None) -> bool:

@@ -14,7 +14,6 @@ from trainer.engine.collectives import any_over_ranks
 from trainer.errors import STOP_FILE_CAUSE, StopRequestedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOP_FILE = "stop"  # in the run folder: made by the user, removed by the run that honours it
 POLL_S = 1.0  # between looks for the file
 
 

@@ -5,7 +5,7 @@
 
 First the pipeline here, undisturbed, then its graph of jobs on the cluster that ``sbatch`` leads
 to. In each run a step of its first half is drawn; when the journal shows it, all ranks get SIGKILL,
-the job is requeued, and resumes. Compared are the last losses of every run and the weights of every
+the job starts them again. Compared are the last losses of every run and the weights of every
 export, bit by bit; both need the same ranks with the same number of threads each, which decides the
 last bits of sums. Prints a table and ends with a line of JSON; exit code 1 when something differs.
 """

@@ -153,7 +153,7 @@ def _last_words(folder: Path, name: str, step: StepState) -> dict[str, Any]:
     logs = _place(folder, name, step) / "logs"
     reason = life.get("decision_reason") or life.get("reason")
     if life.get("decision") in (REQUEUED, RESTARTED):
-        reason = f"job {step.job} was cancelled between two lives"
+        reason = f"job {step.job} ended between two lives; its output is in {logs}"
     return {
         "exit_code": life.get("exit_code"),
         "ended": life.get("ended"),

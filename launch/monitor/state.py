@@ -14,6 +14,7 @@ from trainer.metrics.run_facts import RunFacts
 # Words from best to worst news; the table colours them.
 WORDS = ("finished", "running", "stopping", "pending", "requeued", "submitted", "new", "stopped",
          "held", "lost", "failed")  # fmt: skip
+RESTART_SHOWS_S = 600.0  # after a script said that it starts the ranks again
 SLOW_STEPS = 3.0  # without a lease a run is alive if this many steps ago it recorded one
 
 
@@ -101,8 +102,9 @@ def _judge_ended(facts: RunFacts, job: Job | None, was_asked: bool) -> State:
         sign = facts.last_sign or last.started
         age = f"no sign of life for {show_duration(facts.seconds_since(sign))}" if sign else ""
         return State("lost", ", ".join(part for part in (age, job.state if job else "") if part))
-    if last.decision == "restart" and not was_asked:
-        return State("running", last.why)
+    if last.decision == "restart":
+        is_fresh = facts.seconds_since(last.ended or 0.0) < RESTART_SHOWS_S and not was_asked
+        return State("running" if is_fresh else "lost", last.why)
     if last.decision == "requeue" and not was_asked:
         return State("requeued", last.why)
     if last.exit_code == EXIT_RESUME and last.decision in ("", "leave"):

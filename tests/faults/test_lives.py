@@ -80,7 +80,8 @@ def test_preemption_is_survived(
     shown = cluster.wait(job, "COMPLETED")
     assert shown["Restarts"] == "1"
     first, last = reasons(run_dir)
-    assert first[1] == 75 and last[0] >= 7 and last[1:] == (0, "done")
+    assert first[1] == 75 and first[2] in ("requeue", "leave", None)  # Slurm may end the script
+    assert last[0] >= 7 and last[1:] == (0, "done")
     check_like(unbroken, run_dir)
     check_saved_together(run_dir, step=last[0], num_ranks=2)
     check_goes_on(run_dir, Path(shown["StdOut"]))

@@ -25,11 +25,13 @@ STOPPED = LifeEnd(
     code=143,
     exit_code=75,
     reason="stopped by SIGUSR1 after step 40, saved",
+    cause="SIGUSR1",
     was_stopped=False,
     state="RUNNING",
     num_lives=2,
     num_idle_lives=0,
     step=40,
+    has_started=True,
     has_time=True,
     max_lives=20,
     max_idle_lives=3,
@@ -47,7 +49,8 @@ STOPPED = LifeEnd(
         ({"code": 1, "exit_code": None, "reason": ""}, "restart", 101, "srun exited 1"),
         ({"exit_code": 69, "reason": "lost n2"}, "restart", 101, "lost n2 (exit 69). Life 3"),
         ({"exit_code": 0, "reason": "finished"}, "restart", 101, "step 40, in this job"),
-        ({"exit_code": 69, "state": None}, "restart", 101, "in this job"),
+        ({"exit_code": 69, "state": None}, "requeue", 75, "resumes at step 40"),
+        ({"exit_code": 69, "has_started": False}, "requeue", 75, "resumes at step 40"),
         ({"exit_code": 69, "state": "COMPLETING"}, "leave", 69, "COMPLETING"),
         ({"exit_code": 69, "num_idle_lives": 1}, "restart", 101, "in this job"),
         ({"exit_code": 69, "num_idle_lives": 2}, "requeue", 75, "resumes at step 40"),
@@ -56,7 +59,8 @@ STOPPED = LifeEnd(
         ({"exit_code": 69, "num_lives": 20}, "give up", 69, "life 20 of cluster.max_lives=20"),
         ({"exit_code": 72}, "requeue", 75, "resumes at step 40"),
         ({"code": 75}, "requeue", 75, "resumes at step 40"),
-        ({"code": 137}, "restart", 101, "in this job"),  # a rank killed before the first step
+        ({"code": 137, "cause": ""}, "restart", 101, "in this job"),  # killed before the first step
+        ({"code": 137}, "requeue", 75, "resumes at step 40"),  # killed after the save, in its end
         ({"exit_code": 65, "reason": "bad row"}, "give up", 65, "bad row (exit 65). No retry"),
         ({"exit_code": 66}, "give up", 66, "restore the checkpoint"),
         ({"exit_code": 71}, "give up", 71, "same checkout"),
@@ -160,6 +164,31 @@ def test_killed_ranks_start_again_here_then_elsewhere_until_nothing_moves(
     assert "3 lives in a row committed no checkpoint after step 8" in said[-1]
 
 
+def test_nodes_that_are_unfit_are_not_tried_again(in_job: Path) -> None:
+    assert end(in_job, 1, "--said", "kuroshio: n2: cannot make /tmp/x") == job_end.RESTART_CODE
+    assert end(in_job, 1, "--not-started") == EXIT_RESUME
+
+
+def test_a_stop_that_was_asked_for_during_a_crash_is_kept(in_job: Path) -> None:
+    (in_job / "stop").touch()
+    assert end(in_job, 137) == 137
+    assert read_lives(in_job)[0]["decision"] == "leave"
+
+
+@pytest.mark.parametrize("code", [100, 101])
+def test_a_ranks_own_code_is_no_command_for_the_script(in_job: Path, code: int) -> None:
+    life = {"job": "17", "restart": 0, "attempt": 0}
+    for number in range(5):  # all lives that it may have
+        append_line(in_job, {"started": "x", "token": 1, **life, "restart": number})
+    assert end(in_job, code, "--requeue-code", "100", "--state", "RUNNING") == 1
+
+
+def test_a_script_that_has_no_loop_is_requeued(in_job: Path) -> None:
+    """It was submitted before there was one, and runs the checkout's newer code."""
+    limits = ["--max-lives", "5", "--max-lives-without-progress", "3"]
+    assert job_end.main([str(in_job), "--code", "137", *limits]) == EXIT_RESUME
+
+
 @pytest.mark.parametrize(("left_s", "code"), [(90, EXIT_RESUME), (180, 101)])
 def test_a_job_that_is_nearly_over_starts_no_ranks_again(
     in_job: Path, monkeypatch: pytest.MonkeyPatch, left_s: int, code: int
@@ -252,6 +281,18 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(
     assert end(in_job, 74) == 74
     said = capsys.readouterr().out
     assert "lacks this end" in said and "give up: srun exited 74" in said
+
+
+def test_a_rank_that_failed_early_counts_more_than_rank_0_which_was_ended_for_it(
+    in_job: Path,
+) -> None:
+    life = {"job": "17", "restart": 0, "attempt": 0}
+    append_line(in_job, {"started": "x", "token": 1, **life, "first_step": 0})
+    append_line(in_job, {"ended": "y", "token": None, **life, "exit_code": 1, "reason": "rank 3"})
+    append_line(in_job, {"ended": "y", "token": 1, **life, "exit_code": 75, "reason": "a signal"})
+    assert end(in_job, 75) == job_end.RESTART_CODE
+    first, last = read_lives(in_job)
+    assert first["token"] == 1 and "rank 3" in last["decision_reason"]
 
 
 def test_the_rank_that_failed_counts_more_than_rank_0_which_was_ended_for_it(in_job: Path) -> None:

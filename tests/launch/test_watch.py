@@ -22,8 +22,6 @@ from launch.graph.state import PipelineState, StepState, write_state
 from launch.monitor.queue import Queue
 from launch.watch import Watch, follow, main
 from trainer.errors import CheckpointError, ConfigError, StorageError
-from trainer.metrics.run_facts import STOP_NAME
-from trainer.signals import STOP_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 PRICES = [
@@ -262,10 +260,6 @@ def test_commands_of_the_page(
     assert verbs == {"watch", "logs", "stop", "resume"} and (runs.parent / "page.html").exists()
     last = json.loads("{" + capsys.readouterr().out.rpartition("\n{\n")[2])
     assert last["runs"][0]["state"] == "finished"
-
-
-def test_the_stop_file_is_the_one_that_ranks_look_for() -> None:
-    assert STOP_NAME == STOP_FILE
 
 
 def test_config_of_a_run_is_only_read(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

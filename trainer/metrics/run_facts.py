@@ -16,7 +16,7 @@ import yaml
 from trainer.errors import ConfigError
 from trainer.heartbeat import Beat, read_life
 from trainer.lease import Holder, read_holder
-from trainer.lives import CHECKPOINTS_NAME, read_lives
+from trainer.lives import CHECKPOINTS_NAME, STOP_NAME, read_lives
 from trainer.metrics.history import CONFIG_NAME
 from trainer.metrics.journal import JOURNAL_NAME
 from trainer.metrics.life import Life, build_life, rank_hours, read_time
@@ -24,7 +24,6 @@ from trainer.metrics.tail import Record, read_tail
 from trainer.plan.work import Cost
 
 SUBMISSION_NAME = "submit.json"
-STOP_NAME = "stop"
 CLOCK_TOLERANCE_S = 5.0  # a time this far ahead of our clock is called one
 
 

@@ -170,7 +170,7 @@ def test_a_job_between_two_lives_is_not_a_failed_one(
     decision |= {"decided": "2026-01-01T00:00:00+00:00"}
     path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
     found = read_states(tmp_path / "out")["base"]
-    assert (found.state, "cancelled between two lives" in str(found.reason)) == ("failed", True)
+    assert (found.state, "ended between two lives" in str(found.reason)) == ("failed", True)
     decision |= {"decision": "give up", "decision_reason": "its data cannot be used"}
     path.write_text(f"{json.dumps(life)}\n{json.dumps(decision)}\n")
     found = read_states(tmp_path / "out")["base"]

@@ -52,13 +52,15 @@ def test_between_lives(run: RunFolder) -> None:
     run.life(90, job="7").end(60, 137, decision="requeue", decision_reason="killed. Life 2")
     assert state(run, PENDING) == State("requeued", "killed. Life 2")
     assert judge(read_run(run.path, NOW), None) == State("requeued", "killed. Life 2")
+    # Another life's number is newer than the queue's memory: files decide.
+    assert state(run).word == "failed"
 
 
 def test_a_run_whose_ranks_start_again_in_their_job_runs(run: RunFolder) -> None:
     run.life(90, job="7").end(60, 137, decision="restart", decision_reason="killed. Life 2")
     assert judge(read_run(run.path, NOW), None) == State("running", "killed. Life 2")
-    # Another life's number is newer than the queue's memory: files decide.
-    assert state(run).word == "failed"
+    assert judge(read_run(run.path, NOW + 600), None) == State("lost", "killed. Life 2")
+    assert state(run) == State("lost", "killed. Life 2")  # Slurm does not know its job any more
 
 
 def test_a_stop_is_asked_for(run: RunFolder) -> None:
