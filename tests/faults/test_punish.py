@@ -40,7 +40,7 @@ def test_a_punished_pipeline_ends_equal(tmp_path: Path) -> None:
     file, out = tmp_path / "graph.yaml", tmp_path / "out"
     file.write_text(GRAPH, encoding="utf-8")
     script = [sys.executable, str(ROOT / "tests/faults/punish.py"), "--out", str(out)]
-    words = ["--pipeline", str(file), "--faults", "2", "--per-minute", "8", "--node-share", "0"]
+    words = ["--pipeline", str(file), "--faults", "4", "--per-minute", "8", "--node-share", "0"]
     done = subprocess.run(
         [*script, *words, "--seed", "3"], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
@@ -48,9 +48,13 @@ def test_a_punished_pipeline_ends_equal(tmp_path: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     punished, undisturbed = result["punished"], result["undisturbed"]
     assert result["steps_equal"] == {"letters": True, "base": True}
-    assert punished["faults"] == len(result["faults"]) == 2
+    assert punished["faults"] == len(result["faults"]) == 4
     assert undisturbed["faults"] == undisturbed["lost_steps"] == 0 and undisturbed["lives"] == 1
-    assert punished["runs"]["base"]["steps"] == undisturbed["runs"]["base"]["steps"] == 60
+    assert undisturbed["runs"]["base"]["steps"] == 60
+    rounds = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"round"')]
+    assert punished["rounds"] == len(rounds) >= 1
+    assert punished["runs"]["base"]["steps"] == 60 * len(rounds)
+    assert sum(each["faults"] for each in rounds) == 4
     for each in (punished, undisturbed):
         assert 0 < each["productive_s"] < each["in_jobs_s"]
         share = each["productive_s"] / each["in_jobs_s"]
