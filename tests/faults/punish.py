@@ -6,9 +6,10 @@ Faults come as a Poisson process in the time that runs spend inside jobs (``--pe
 default). The pipeline runs again and again from its beginning until there were ``--faults`` of
 them or ``--minutes`` are over; the round under way runs to its end. A fault is SIGKILL of a random
 rank, or with ``--node-share`` the loss of one of its nodes: the cable is unplugged, and plugged in
-again a minute later. Nobody intervenes; Slurm's wait before a requeued job may start is cut to
-seconds, and counts as time outside of jobs. The undisturbed pipeline (``DIR/undisturbed``, shared
-by all seeds) goes through the same jobs.
+again a minute later. Where two runs are under way, each has its own at that moment and both count.
+Nobody intervenes; Slurm's wait before a requeued job may start is cut to seconds, and counts as
+time outside of jobs. The undisturbed pipeline (``DIR/undisturbed``, shared by all seeds) goes
+through the same jobs.
 
 Effective training time is that of steps that count in the end, divided by the time inside jobs:
 start, evaluation, saving, detection and lost steps are losses. Ends with a line of JSON; exit code
