@@ -103,15 +103,15 @@ def test_save_writes_a_row_for_training(terminal: pexpect.spawn, tmp_path: Path)
     assert "assistant: 我是詩人。" in say(terminal, "/history")
 
 
-def interrupt(terminal: pexpect.spawn) -> bool:
-    """Press Ctrl-C; return whether it stopped an answer, or was seen where one types."""
+def interrupt(terminal: pexpect.spawn) -> bool | None:
+    """Press Ctrl-C; return whether it stopped an answer, or came where one types; None: lost."""
     endings = ["stopped", "Ctrl-D leaves)"]
     terminal.sendintr()
     seen = terminal.expect_exact([*endings, pexpect.TIMEOUT], timeout=10)
     if seen == len(endings):  # as input() began to wait: Python looks for it at the next key
         terminal.sendline("")
-        seen = terminal.expect_exact(endings)
-    return seen == 0
+        seen = terminal.expect_exact([*endings, pexpect.TIMEOUT], timeout=10)
+    return {0: True, 1: False}.get(seen)
 
 
 def interrupt_answer(terminal: pexpect.spawn) -> bool:
@@ -121,7 +121,7 @@ def interrupt_answer(terminal: pexpect.spawn) -> bool:
     terminal.expect_exact("\n> ")
     terminal.sendline("noise")
     terminal.expect("noise\r\n.")
-    was_stopped = interrupt(terminal)
+    was_stopped = interrupt(terminal) is True
     terminal.expect_exact("\n> ")
     return was_stopped
 
@@ -129,9 +129,10 @@ def interrupt_answer(terminal: pexpect.spawn) -> bool:
 def test_interrupt_stops_the_answer_and_not_the_program(terminal: pexpect.spawn) -> None:
     say(terminal, "/set temperature=9")  # noise, which goes on to the end of the context
     say(terminal, "/set max_new_tokens=100000")
-    # So small a model may end its answer before a busy machine lets the interrupt through.
+    # So small a model may end its answer before a busy machine lets the interrupt through,
+    # and one that comes between the answer's end and the prompt was once lost: it is pressed again.
     assert any(interrupt_answer(terminal) for _ in range(20))
-    assert not interrupt(terminal)
+    assert interrupt(terminal) is False
     terminal.expect_exact("\n> ")
     say(terminal, "/reset")
     say(terminal, "/set temperature=0")
