@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the faults")
     parser.add_argument("--per-minute", type=float, default=1.0, help="faults, inside jobs")
     parser.add_argument("--node-share", type=float, default=0.2, help="of faults that take a node")
-    parser.add_argument("--faults", type=int, default=25, help="at most")
+    parser.add_argument("--faults", type=int, default=25, help="none after so many")
     parser.add_argument("--minutes", type=float, default=20.0, help="no further round after that")
     parser.add_argument("--timeout-s", type=float, default=7200.0, help="of each pipeline")
     return parser.parse_args()

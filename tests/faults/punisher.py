@@ -54,7 +54,7 @@ class Punisher:
         draw: the random numbers.
         per_minute: faults a minute inside jobs, 0 for none.
         node_share: of faults that take a node.
-        max_faults: how many at most.
+        max_faults: none after so many; two runs struck at once may make it one more.
         in_jobs_s: time inside jobs by run.
         faults: so far.
     """
