@@ -129,8 +129,8 @@ def interrupt_answer(terminal: pexpect.spawn) -> bool:
 def test_interrupt_stops_the_answer_and_not_the_program(terminal: pexpect.spawn) -> None:
     say(terminal, "/set temperature=9")  # noise, which goes on to the end of the context
     say(terminal, "/set max_new_tokens=100000")
-    # So small a model may end its answer before a busy machine lets the interrupt through,
-    # and one that comes between the answer's end and the prompt was once lost: it is pressed again.
+    # So small a model may end its answer before a busy machine lets the interrupt through, and
+    # Python's input() drops one that comes while it flushes stdout and stderr: it is pressed again.
     assert any(interrupt_answer(terminal) for _ in range(20))
     assert interrupt(terminal) is False
     terminal.expect_exact("\n> ")
